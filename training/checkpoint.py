@@ -1,0 +1,118 @@
+"""Two kinds of folder: resumable checkpoints, written so that a crash at any moment loses none, and portable models."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `folder/step-N` with all processes together, and delete old ones.
+
+    Everything is written beside its place, synchronised to disk and listed with checksums before one rename makes it
+    a checkpoint; old ones are deleted only then.
+
+    Args:
+        accelerator: holds the model, the optimiser and the loss scaler.
+        folder: of all checkpoints.
+        step: optimiser steps done.
+        state: what else to restore, as JSON.
+        keep: newest checkpoints to keep.
+    """
+    final, unfinished = folder / f"step-{step:06d}", folder / f".tmp-step-{step:06d}"
+    if accelerator.is_main_process:
+        for leftover in folder.glob(".tmp-step-*"):
+            shutil.rmtree(leftover)
+        unfinished.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (unfinished / STATE).write_text(json.dumps(state, indent=2))
+        files = {str(path.relative_to(unfinished)): _digest(path) for path in unfinished.rglob("*") if path.is_file()}
+        (unfinished / MANIFEST).write_text(json.dumps(files, indent=2))
+        _synchronise(unfinished)
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        _synchronise_folder(folder)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint in a folder, None if there is none, and why each newer one was refused."""
+    refused = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        defect = find_defect(path)
+        if defect is None:
+            return path, refused
+        refused.append(f"{path}: {defect}")
+    return None, refused
+
+
+def find_defect(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None if it is as it was written."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"no readable {MANIFEST} ({error})"
+    for name, digest in files.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _digest(checkpoint / name) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state given to `save_checkpoint`."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return state
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Restore the model, the optimiser and the loss scaler that the accelerator holds."""
+    accelerator.load_state(str(checkpoint))
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put a finished folder in the place of another; in between, the old one is `final` + `.old`."""
+    _synchronise(new)
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    _synchronise_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _synchronise(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _synchronise_folder(folder)
+
+
+def _synchronise_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,276 @@
+"""The stream of image batches: which image is where in which batch, and the worker processes that decode them.
+
+The order of the images is a function of the seed, the epoch and the shards' lengths alone. Neither the number of
+processes nor that of workers changes it: they only share out the places of each batch.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
+
+import fsspec.asyn
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from training.images import Pixels, Transform, decode_rgb, to_pixels
+from training.source import ImageSource, Row
+
+
+# A lane is one reader of a stream. More lanes mix more shards into each batch but hold more files open.
+MAX_LANES = 64
+MIN_ROWS_PER_LANE = 512
+MAX_STAND_INS = 100
+
+# A draw gives an image's number and its row for one place of a batch. Attempt 0 is the planned image, the following
+# attempts are stand-ins for when it is broken.
+Draw = Callable[[int], tuple[int, Row]]
+
+
+@dataclass
+class Batch:
+    """Images for one step, or a worker's part of them.
+
+    Attributes:
+        pixels: (n, H, W, 3) uint8.
+        labels: (n,) int64, -1 where there is none.
+        index: (n,) int64, the images' numbers in the data.
+        broken: "image: reason" of each image that could not be decoded.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    index: Tensor
+    broken: list[str]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device, without waiting where memory is pinned."""
+        pixels, labels = self.pixels.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
+        return Batch(pixels, labels, self.index, self.broken)
+
+    def pin_memory(self) -> "Batch":
+        """Called by the DataLoader."""
+        return Batch(self.pixels.pin_memory(), self.labels.pin_memory(), self.index, self.broken)
+
+
+def concatenate(batches: list[Batch]) -> Batch:
+    """One batch of several, in their order."""
+    if len(batches) == 1:
+        return batches[0]
+    pixels, labels, index = (torch.cat([getattr(b, n) for b in batches]) for n in ("pixels", "labels", "index"))
+    return Batch(pixels, labels, index, [entry for batch in batches for entry in batch.broken])
+
+
+class TrainingOrder:
+    """The images of every global batch of every epoch.
+
+    Data with random access is permuted as a whole. A stream is cut into lanes, equal contiguous parts of its shuffled
+    shards; each lane is shuffled in windows, and every batch takes equally many rows from each lane. The last images
+    of an epoch that do not fill a global batch are left out; they are others in every epoch.
+
+    Args:
+        source: the images.
+        global_batch_size: images of one step over all processes, G.
+        seed: of the shuffling.
+        window: rows that a lane holds in memory to shuffle them.
+    """
+
+    def __init__(self, source: ImageSource, global_batch_size: int, seed: int, window: int) -> None:
+        self.source, self.global_batch_size, self.seed, self.window = source, global_batch_size, seed, window
+        self.steps_per_epoch = source.num_images // global_batch_size
+        most = max(1, min(MAX_LANES, source.num_images // MIN_ROWS_PER_LANE))
+        self.num_lanes = max(n for n in range(1, most + 1) if global_batch_size % n == 0)
+
+    def draws(self, step: int, first: int, last: int) -> Iterator[list[Draw]]:
+        """For each step from `step` on, without end: draws for the places first ≤ p < last of the global batch."""
+        one_epoch = self._permuted if self.source.random_access else self._streamed
+        for epoch in count(step // self.steps_per_epoch):
+            yield from one_epoch(epoch, step % self.steps_per_epoch, first, last)
+            step = 0
+
+    def _permuted(self, epoch: int, start: int, first: int, last: int) -> Iterator[list[Draw]]:
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.source.num_images)
+
+        def draw(place: int, attempt: int) -> tuple[int, Row]:
+            index = int(order[_stand_in(place, attempt, len(order))])
+            return index, self.source.rows[index]
+
+        for step in range(start, self.steps_per_epoch):
+            yield [partial(draw, step * self.global_batch_size + place) for place in range(first, last)]
+
+    def _streamed(self, epoch: int, start: int, first: int, last: int) -> Iterator[list[Draw]]:
+        rows_per_step = self.global_batch_size // self.num_lanes
+        lanes = range(first // rows_per_step, -(-last // rows_per_step))
+        readers = [self._lane(epoch, lane, start * rows_per_step) for lane in lanes]
+        before = first - lanes.start * rows_per_step
+        for _ in range(start, self.steps_per_epoch):
+            draws = [draw for reader in readers for draw in islice(reader, rows_per_step)]
+            yield draws[before : before + last - first]
+
+    def _lane(self, epoch: int, lane: int, start: int) -> Iterator[Draw]:
+        """Rows of one lane in shuffled order, from number `start` on."""
+        begin, end = (edge * self.source.num_images // self.num_lanes for edge in (lane, lane + 1))
+        first_window, place = divmod(start, self.window)
+        rows = self._rows_of_shuffled_shards(epoch, begin + first_window * self.window, end)
+        for window in count(first_window):
+            block = list(islice(rows, self.window))
+            if not block:
+                return
+            order = np.random.default_rng((self.seed, epoch, lane, window)).permutation(len(block))
+            draw = partial(_draw_from_window, [block[i] for i in order])
+            yield from (partial(draw, p) for p in range(place, len(block)))
+            place = 0
+
+    def _rows_of_shuffled_shards(self, epoch: int, begin: int, end: int) -> Iterator[tuple[int, Row]]:
+        """Numbers and rows begin ≤ i < end of the shards, laid one behind the other in the epoch's order."""
+        lengths = self.source.lengths
+        number_of_first = np.cumsum([0, *lengths])
+        position = 0
+        for shard in np.random.default_rng((self.seed, epoch)).permutation(len(lengths)):
+            start, stop = max(begin - position, 0), min(end - position, lengths[shard])
+            if start < stop:
+                yield from enumerate(self.source.read(int(shard), start, stop), int(number_of_first[shard]) + start)
+            position += lengths[shard]
+
+
+def _draw_from_window(window: list[tuple[int, Row]], place: int, attempt: int) -> tuple[int, Row]:
+    return window[_stand_in(place, attempt, len(window))]
+
+
+def _stand_in(place: int, attempt: int, length: int) -> int:
+    """The place itself, or one about half the length away, where an image is hardly ever in the same batch."""
+    return place if attempt == 0 else (place + length // 2 + attempt) % length
+
+
+class TrainingBatches(IterableDataset[Batch]):
+    """A process's places of every global batch, decoded and cropped; each worker does a contiguous part of them.
+
+    Args:
+        order: which images are where.
+        transform: the random crop; its randomness depends on the seed, the epoch and the image only.
+        first: first place of this process in the global batch.
+        last: the place behind its last.
+        step: step to begin with, counted from the start of training.
+    """
+
+    def __init__(self, order: TrainingOrder, transform: Transform, first: int, last: int, step: int = 0) -> None:
+        self.order, self.transform, self.first, self.last, self.step = order, transform, first, last, step
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker, workers = _worker()
+        size = self.last - self.first
+        first, last = (self.first + part * size // workers for part in (worker, worker + 1))
+        for step, draws in enumerate(self.order.draws(self.step, first, last), self.step):
+            yield self._decode(draws, step // self.order.steps_per_epoch)
+
+    def _decode(self, draws: list[Draw], epoch: int) -> Batch:
+        source = self.order.source
+        broken: list[str] = []
+        images = []
+        for draw in draws:
+            for attempt in range(MAX_STAND_INS):
+                index, row = draw(attempt)
+                try:
+                    image = decode_rgb(source.image_of(row))
+                except Exception as error:  # Pillow's plugins raise nearly anything
+                    if attempt == 0:
+                        broken.append(_describe(source, index, row, error))
+                    continue
+                rng = np.random.default_rng((self.order.seed, epoch, index, attempt))
+                images.append((to_pixels(self.transform(image, rng)), source.label_of(row), index))
+                break
+            else:
+                raise ValueError(f"{MAX_STAND_INS} images in a row cannot be decoded, the last: {broken[-1]}")
+        return _stack(images, broken)
+
+
+class EvaluationImages(IterableDataset[Batch]):
+    """Every image of a source once, or a part of them; process and worker n of N take every N-th.
+
+    Args:
+        source: the images.
+        transform: the crop.
+        max_images: take only so many, from all over the data.
+        process: this process's number and how many there are.
+        batch_size: images in a batch.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Transform,
+        max_images: int | None = None,
+        process: tuple[int, int] = (0, 1),
+        batch_size: int = 128,
+    ) -> None:
+        self.source, self.transform, self.process, self.batch_size = source, transform, process, batch_size
+        self.num_images = min(max_images or source.num_images, source.num_images)
+
+    def __iter__(self) -> Iterator[Batch]:
+        (process, processes), (worker, workers) = self.process, _worker()
+        mine = islice(self._rows(), process * workers + worker, None, processes * workers)
+        while rows := list(islice(mine, self.batch_size)):
+            images, broken = [], []
+            for index, row in rows:
+                try:
+                    image = self.transform(decode_rgb(self.source.image_of(row)), np.random.default_rng(0))
+                    images.append((to_pixels(image), self.source.label_of(row), index))
+                except Exception as error:  # Pillow's plugins raise nearly anything
+                    broken.append(_describe(self.source, index, row, error))
+            if images:
+                yield _stack(images, broken)
+
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        """Evenly spaced rows where access is random, else the first of each shard in proportion to its length."""
+        source, total = self.source, self.source.num_images
+        if source.random_access:
+            yield from (
+                (i * total // self.num_images, source.rows[i * total // self.num_images])
+                for i in range(self.num_images)
+            )
+            return
+        ends = np.cumsum([0, *source.lengths])
+        for shard, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+            share = int(end * self.num_images // total - begin * self.num_images // total)
+            yield from enumerate(source.read(shard, 0, share), int(begin))
+
+
+def batches(dataset: IterableDataset[Batch], num_workers: int) -> Iterator[Batch]:
+    """Run a dataset in worker processes; the workers' parts of a step are put together in order."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        prefetch_factor=4 if num_workers else None,
+    )
+    parts = max(num_workers, 1) if isinstance(dataset, TrainingBatches) else 1
+    loaded = iter(loader)
+    while chunk := list(islice(loaded, parts)):
+        yield concatenate(chunk)
+
+
+def _start_worker(_: int) -> None:
+    fsspec.asyn.reset_lock()  # a lock held while forking would never be released here
+    # Ctrl-C reaches every process of the terminal; the main one must still get batches to stop in good order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _worker() -> tuple[int, int]:
+    """This worker's number and how many there are."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
+def _stack(images: list[tuple[Pixels, int, int]], broken: list[str]) -> Batch:
+    pixels, labels, index = zip(*images, strict=True)
+    return Batch(torch.from_numpy(np.stack(pixels)), torch.tensor(labels), torch.tensor(index), broken)
+
+
+def _describe(source: ImageSource, index: int, row: Row, error: Exception) -> str:
+    name = (source.image_of(row) or {}).get("path")
+    return f"image {index}{f' ({name})' if name else ''}: {type(error).__name__}: {error}"

@@ -1,0 +1,101 @@
+"""Stored images to RGB pixels: decoding, the random crop of pre-training and the central one of evaluation."""
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+
+Pixels = NDArray[np.uint8]
+Transform = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+
+def decode_rgb(stored: dict[str, Any] | None) -> Image.Image:
+    """Decode one undecoded `datasets.Image` value into upright 8-bit RGB.
+
+    The first frame of an animation counts; transparency is dropped, as image processors do at inference.
+
+    Raises:
+        Exception: whatever the file's defect makes Pillow raise; `ValueError` if there is nothing to decode.
+    """
+    if stored is None or not (stored.get("bytes") or stored.get("path")):
+        raise ValueError("the row holds no image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # EXIF oddities and large images are no news; bombs still raise
+        image = Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            # Pillow would clip 16-bit gray at 255 and turn it white.
+            values = np.asarray(image).astype(np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError("gray values do not fit in 16 bits")
+            image = Image.fromarray((values // 257).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point images have no defined range")
+        return image.convert("RGB")
+
+
+def random_resized_crop(size: tuple[int, int], min_scale: float, horizontal_flip: bool) -> Transform:
+    """The pre-training transform of the released program: RandomResizedCrop, bicubic, then horizontal flip.
+
+    Args:
+        size: (height, width) of the result in pixels.
+        min_scale: smallest share of the image's area that a crop covers; 1 takes the whole image.
+        horizontal_flip: whether to mirror every other crop.
+    """
+
+    def transform(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        box = (0, 0, *image.size) if min_scale == 1 else random_crop_box(*image.size, min_scale, rng)
+        crop = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+        if horizontal_flip and rng.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return crop
+
+    return transform
+
+
+def random_crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Box (left, top, right, bottom) of an Inception crop: area share U[min_scale, 1], log-uniform aspect in [3/4, 4/3].
+
+    After ten boxes that do not fit it falls back to the largest central one of allowed aspect, as torchvision does.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(min_scale, 1)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left, top = int(rng.integers(width - box_width + 1)), int(rng.integers(height - box_height + 1))
+            return left, top, left + box_width, top + box_height
+    box_width, box_height = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
+def central_crop(size: tuple[int, int]) -> Transform:
+    """The evaluation transform: the largest central box of the result's aspect, resized bicubic; nothing random.
+
+    From 64 pixels upwards the box is 7/8 of that, which is the usual resize to 256 and crop of 224.
+    """
+    height, width = size
+
+    def transform(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        if image.size == (width, height):
+            return image
+        share = 224 / 256 if min(size) > 64 else 1.0
+        scale = share * min(image.width / width, image.height / height)
+        left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+        box = (left, top, left + scale * width, top + scale * height)
+        return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+    return transform
+
+
+def to_pixels(image: Image.Image) -> Pixels:
+    """(H, W, 3) uint8 array of an RGB image."""
+    return np.array(image, dtype=np.uint8)

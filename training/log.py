@@ -1,0 +1,174 @@
+"""The log of a run: metrics.jsonl, the trackers and the progress bar, and the alarms that watch over them."""
+
+import json
+import math
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from modeling_micl import MiclForPreTrainingOutput
+from training.data import Batch
+from training.monitor import batch_metrics
+from training.run import Run, StopRequest
+
+
+class CollapseAlarm:
+    """Warns when the loss stays at ln(contrasted images), the value of guessing.
+
+    Args:
+        contrasted_images: images among which a view must find its own.
+        patience: logged steps in a row, after `first_step`, that count as staying there.
+        first_step: optimiser steps during which a high loss is normal.
+    """
+
+    def __init__(self, contrasted_images: int, patience: int = 5, first_step: int = 200) -> None:
+        self.guessing = math.log(contrasted_images)
+        self.first_step = first_step
+        self.recent: deque[bool] = deque(maxlen=patience)
+
+    def check(self, step: int, metrics: dict[str, float]) -> str | None:
+        """A warning with the likely cause, or None."""
+        self.recent.append(step >= self.first_step and metrics["loss"] > 0.98 * self.guessing)
+        if len(self.recent) < (self.recent.maxlen or 0) or not all(self.recent):
+            return None
+        self.recent.clear()
+        text = (
+            f"The loss {metrics['loss']:.3f} sits at ln(contrasted images) = {self.guessing:.3f}: nothing is learned. "
+        )
+        if metrics["negative_cosine"] > 0.98:
+            return text + (
+                f"All embeddings point the same way (mean cosine of negatives {metrics['negative_cosine']:.3f}). Likely "
+                "the views of an image share too little, as with strokes on an empty ground, or the learning rate is "
+                "too high: lower mask_ratio or base_lr, use larger patches or a longer warm-up. MiCL wants natural images."
+            )
+        return text + "Likely the views are too small or too alike between images: lower mask_ratio or temperature."
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one object per line; entries beyond the resumed step are dropped, they will be written again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one entry; it must have a step."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a `metrics.jsonl`; a line that a crash cut short is left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+class Logger:
+    """Adds up what happens between two entries, and writes them to metrics.jsonl, the trackers and the progress bar."""
+
+    def __init__(self, run: Run, stop: StopRequest) -> None:
+        self.run, self.stop = run, stop
+        self.main = run.accelerator.is_main_process
+        self.file = MetricsLog(run.folder / "metrics.jsonl", run.progress.step) if self.main else None
+        self.alarm = CollapseAlarm(run.plan.contrasted_images)
+        self.bar = tqdm(
+            total=run.plan.total_steps,
+            initial=run.progress.step,
+            disable=not self.main,
+            desc="pre-training",
+            unit="step",
+        )
+        self._restart()
+
+    def _restart(self) -> None:
+        self.loss = torch.zeros((), device=self.run.accelerator.device)
+        self.forwards = self.images = self.broken = 0
+        self.since = time.perf_counter()
+
+    def add(self, batch: Batch, output: MiclForPreTrainingOutput) -> None:
+        """Take note of one forward pass, without waiting for the device."""
+        assert output.loss is not None
+        self.loss += output.loss.detach()
+        self.forwards += 1
+        self.images += len(batch.pixels)
+        self.broken += len(batch.broken)
+        for entry in batch.broken:
+            self.bar.write(f"skipped a broken image, another takes its place: {entry}", file=sys.stderr)
+        if self.run.accelerator.sync_gradients:
+            self.bar.update()
+
+    def write(self, output: MiclForPreTrainingOutput, grad_norm: Tensor | None) -> bool:
+        """Write an entry from all processes; returns whether any of them was asked to stop.
+
+        Raises:
+            RuntimeError: if the loss or the gradient is not finite, or too many images are broken.
+        """
+        run, accelerator, progress = self.run, self.run.accelerator, self.run.progress
+        first_target = run.first_place if run.config.negatives == "global" else 0
+        local = {"loss": self.loss / self.forwards} | batch_metrics(output, first_target)
+        local["stop"] = torch.tensor(float(self.stop.came), device=self.loss.device)
+        for name, number in (("images", self.images), ("broken", self.broken)):
+            local[name] = torch.tensor(float(number), device=self.loss.device)
+        means = accelerator.reduce(torch.stack(list(local.values())).double(), reduction="mean").tolist()
+        metrics = dict(zip(local, means, strict=True))
+        seconds = time.perf_counter() - self.since
+        images = round(metrics.pop("images") * accelerator.num_processes)
+        progress.seconds += seconds
+        progress.seen += images
+        progress.broken += round(metrics.pop("broken") * accelerator.num_processes)
+        stopping = metrics.pop("stop") > 0
+        entry = {"step": progress.step, "epoch": progress.forwards / run.plan.forwards_per_epoch} | metrics
+        entry |= {"learning_rate": run.optimizer.param_groups[0]["lr"], "images_per_second": images / seconds}
+        entry |= {"grad_norm": float(grad_norm) if grad_norm is not None else None, "broken_images": progress.broken}
+        self._publish(entry)
+        self._check(entry)
+        self._restart()
+        return stopping
+
+    def write_evaluation(self, accuracies: dict[str, float]) -> None:
+        """Write an entry with the result of an evaluation; its time does not count as training."""
+        if accuracies:
+            self._publish({"step": self.run.progress.step} | accuracies)
+        self._restart()
+
+    def _publish(self, entry: dict[str, Any]) -> None:
+        if self.file:
+            self.file.write(entry)
+        self.run.accelerator.log({k: v for k, v in entry.items() if v is not None}, step=entry["step"])
+        shown = {"loss": ".3f", "contrastive_accuracy": ".0%", "images_per_second": ".0f", "knn_accuracy": ".1%"}
+        self.bar.set_postfix_str(
+            ", ".join(f"{name.replace('_', ' ')} {entry[name]:{how}}" for name, how in shown.items() if name in entry)
+        )
+
+    def _check(self, entry: dict[str, Any]) -> None:
+        run, progress = self.run, self.run.progress
+        overflow_handled = run.accelerator.optimizer_step_was_skipped  # fp16's loss scaler backs off by itself
+        norm = entry["grad_norm"]
+        if not math.isfinite(entry["loss"]) or (norm is not None and not math.isfinite(norm) and not overflow_handled):
+            raise RuntimeError(
+                f"Step {entry['step']}: loss {entry['loss']}, gradient norm {norm}. The run stops; the last checkpoint "
+                f"in {run.folder / 'checkpoints'} is good. Try a lower base_lr, a longer warm-up, max_grad_norm=1, or "
+                "mixed_precision bf16 or no instead of fp16."
+            )
+        tolerated = run.config.max_bad_fraction * max(progress.seen, min(1000, run.source.num_images))
+        if progress.broken > tolerated:
+            raise RuntimeError(
+                f"{progress.broken} of {progress.seen} images were broken, more than max_bad_fraction="
+                f"{run.config.max_bad_fraction} allows: repair the data (each image is named above), or raise it."
+            )
+        warning = self.alarm.check(entry["step"], entry)
+        if warning and self.main:
+            self.bar.write(f"WARNING: {warning}", file=sys.stderr)

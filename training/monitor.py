@@ -1,0 +1,76 @@
+"""What a run measures: metrics of a batch, the arithmetic of a step, and where numbers come from."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling_micl import MiclConfig, MiclForPreTrainingOutput, visible_patches_per_view
+
+
+@torch.no_grad()
+def batch_metrics(output: MiclForPreTrainingOutput, first_target: int = 0) -> dict[str, Tensor]:
+    """How well views find each other, and whether the embeddings spread out.
+
+    Args:
+        output: of the model on this process's images.
+        first_target: column of the logits that belongs to the first own image.
+
+    Returns:
+        contrastive_accuracy, the share of views 0 whose best match is the own view 1; negative_cosine, the mean cosine
+        of views of different images; effective_rank, the exponential of the entropy of the embeddings' singular
+        values (Roy and Vetterli 2007): 1 when all lie on a line, at most their width.
+    """
+    assert output.logits is not None
+    assert output.view_embeds is not None
+    logits = output.logits if output.logits.ndim == 2 else output.logits[0]
+    targets = torch.arange(len(logits), device=logits.device) + first_target
+    embeds = output.view_embeds.float()
+    cosines = embeds[:, 0] @ embeds[:, 1].T
+    negatives = cosines[~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)]
+    return {
+        "contrastive_accuracy": (logits.argmax(dim=1) == targets).float().mean(),
+        "negative_cosine": negatives.mean(),
+        "effective_rank": effective_rank(embeds.flatten(0, 1)),
+    }
+
+
+def effective_rank(embeds: Tensor) -> Tensor:
+    """Exponential of the entropy of the normalised singular values of (n, D) embeddings around their mean."""
+    centred = embeds - embeds.mean(dim=0)
+    gram = centred @ centred.T if len(embeds) < embeds.shape[1] else centred.T @ centred
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
+    return torch.special.entr(shares).sum().exp()
+
+
+def gigaflop_per_image(config: MiclConfig) -> float:
+    """GFLOP of the encoder's layers for one image, forward and backward (twice the forward), all views.
+
+    A multiplication and an addition are two operations; embeddings, norms and the loss are left out.
+    """
+    patches_per_view = visible_patches_per_view(config.num_patches, config.mask_ratio, config.num_views)
+    tokens, width = 1 + patches_per_view, config.hidden_size
+    per_layer = tokens * (8 * width**2 + 4 * width * config.intermediate_size) + 4 * tokens**2 * width
+    return 3 * config.num_views * config.num_hidden_layers * per_layer / 1e9
+
+
+def provenance() -> dict[str, Any]:
+    """Where numbers come from: hardware and library versions."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "modeling-micl")
+    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "hardware": {"cpu": _processor(), "cpu_cores": os.cpu_count(), "accelerators": accelerators},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,195 @@
+"""Pre-train a MiCL encoder: `accelerate launch -m training.pretrain --config training/recipes/photos.yaml`."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput
+from modeling_micl.configuration_micl import height_and_width
+from training.config import PretrainConfig, parse_pretrain_config
+from training.data import Batch, TrainingBatches, TrainingOrder, batches
+from training.features import encoder_features, normalize_pixels
+from training.images import random_resized_crop
+from training.log import Logger
+from training.optim import build_optimizer, set_learning_rate
+from training.results import final_accuracies, knn_accuracies, knn_results, save_figures, save_model, table
+from training.run import Run, StopRequest, make_plan, resume_run, save_run, summary
+from training.source import ImageSource, available_splits, open_source
+
+
+def view_noise(seed: int, forward: int, first: int, last: int, num_patches: int, device: torch.device) -> Tensor:
+    """Masking noise (last - first, L) for a process's places of a global batch.
+
+    It is a function of the seed, the number of the forward pass and the place in the global batch, not of the process.
+    """
+    generator = torch.Generator(device)
+    generator.manual_seed(int(np.random.SeedSequence((seed, forward)).generate_state(1, np.uint64)[0]))
+    # The rows before the own places are drawn and dropped: a few bytes for each image.
+    return torch.rand(last, num_patches, generator=generator, device=device)[first:]
+
+
+def process_batches(run: Run) -> Iterator[Batch]:
+    """This process's part of every global batch, from where the run stands, without end."""
+    config = run.config
+    order = TrainingOrder(run.source, run.plan.forward_images, config.seed, config.shuffle_window)
+    size = height_and_width(run.unwrapped().config.image_size)
+    transform = random_resized_crop(size, config.crop_min_scale, config.horizontal_flip)
+    places = TrainingBatches(order, transform, run.first_place, run.last_place, run.progress.forwards)
+    return batches(places, min(config.num_workers, config.per_device_batch_size))
+
+
+def forward_backward(run: Run, batch: Batch, with_norm: bool) -> tuple[MiclForPreTrainingOutput, Tensor | None]:
+    """One forward and backward pass, and the optimiser's step when it is due; the gradient's norm if asked for."""
+    config, accelerator, progress = run.config, run.accelerator, run.progress
+    pixels = normalize_pixels(batch.to(accelerator.device).pixels)
+    num_patches = run.unwrapped().config.num_patches
+    noise = view_noise(config.seed, progress.forwards, run.first_place, run.last_place, num_patches, pixels.device)
+    grad_norm = None
+    with accelerator.accumulate(run.model):
+        output: MiclForPreTrainingOutput = run.model(pixels, noise=noise)
+        accelerator.backward(output.loss)
+        if accelerator.sync_gradients and (config.max_grad_norm or with_norm):
+            grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
+        set_learning_rate(run.optimizer, run.learning_rate())
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    progress.forwards += 1
+    return output, grad_norm
+
+
+def train(run: Run, stop: StopRequest, evaluate: Callable[[], dict[str, float]]) -> bool:
+    """The training loop; returns whether it went to the end, rather than being asked to stop."""
+    config, accelerator, progress, total_steps = run.config, run.accelerator, run.progress, run.plan.total_steps
+    knn_every = config.knn_epochs * run.plan.forwards_per_epoch // config.gradient_accumulation_steps
+    log = Logger(run, stop)
+    run.model.train()
+    for batch in process_batches(run) if progress.step < total_steps else ():
+        step = progress.step + 1  # the one that this pass belongs to
+        save_due = (
+            step % config.save_steps == 0 or step == total_steps or (stop.came and accelerator.num_processes == 1)
+        )
+        log_due = step % config.logging_steps == 0 or save_due
+        output, grad_norm = forward_backward(run, batch, with_norm=log_due)
+        log.add(batch, output)
+        if not accelerator.sync_gradients:
+            continue
+        progress.step = step
+        stopping = log.write(output, grad_norm) if log_due else False
+        if save_due or stopping:
+            save_run(run)
+        if stopping:
+            return False
+        if knn_every and step % knn_every == 0 and step < total_steps:
+            log.write_evaluation(evaluate())
+            run.model.train()
+        if step == total_steps:
+            break
+    return True
+
+
+def open_sources(config: PretrainConfig) -> tuple[ImageSource, ImageSource | None]:
+    """The training images and, if there is a labelled split for it, those that kNN classifies."""
+    where = {"dataset": config.dataset, "dataset_config": config.dataset_config, "streaming": config.streaming}
+    where |= {"image_column": config.image_column, "label_column": config.label_column}
+    train_source = open_source(split=config.split, max_images=config.max_images, **where)
+    splits = available_splits(config.dataset, config.dataset_config)
+    eval_split = config.eval_split or next((name for name in ("validation", "test") if name in splits), None)
+    if config.knn_images == 0 or train_source.label_column is None or eval_split is None:
+        return train_source, None
+    return train_source, open_source(split=eval_split, **where)
+
+
+def untrained_model(config: PretrainConfig) -> MiclForPreTraining:
+    """The model as the run starts with it; the same every time."""
+    set_seed(config.seed)
+    return MiclForPreTraining(config.model_config())
+
+
+def start_accelerator(config: PretrainConfig) -> Accelerator:
+    """Processes, precision and trackers.
+
+    Raises:
+        ValueError: if a tracker is not installed, which accelerate itself would pass over in silence.
+    """
+    missing = set(config.trackers()) - {str(tracker) for tracker in get_available_trackers()}
+    if missing:
+        raise ValueError(
+            f"report_to={config.report_to!r}: {sorted(missing)} not installed (or unknown to accelerate)."
+        )
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.trackers(),
+        project_dir=config.output_dir,
+    )
+
+
+def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSource) -> Run:
+    """Build the model and the optimiser, or restore them from the newest checkpoint."""
+    plan = make_plan(config, source.num_images, accelerator.num_processes)
+    model = untrained_model(config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = build_optimizer(model, config.weight_decay, (config.adam_beta1, config.adam_beta2))
+    run = Run(config, accelerator, source, plan, *accelerator.prepare(model, optimizer))
+    resume_run(run)
+    accelerator.print(summary(run))
+    settings = {key: str(value) for key, value in config.to_dict().items()}  # TensorBoard takes no lists and no None
+    accelerator.init_trackers("pretrain", settings)
+    return run
+
+
+def finish(run: Run, eval_source: ImageSource | None) -> None:
+    """Evaluate, then write the portable model, its eval.json and the figures, and print the table."""
+    config, accelerator = run.config, run.accelerator
+    untrained, trained = untrained_model(config).to(accelerator.device), run.unwrapped()
+    results = []
+    if eval_source:
+        splits = (run.source, eval_source)
+        accuracies = final_accuracies(accelerator, untrained, trained, splits, config.knn_images, config.num_workers)
+        results = knn_results(accuracies, config.dataset, splits, config.knn_images, config.seed)
+        accelerator.print(table(accuracies, min(config.knn_images, eval_source.num_images)))
+    if accelerator.is_main_process:
+        save_model(trained, run.folder / "model", results)
+        save_figures(run.folder, untrained, trained, eval_source or run.source)
+    accelerator.print(f"model: {run.folder / 'model'}, figures: {run.folder / 'figures'}")
+    accelerator.end_training()
+
+
+def main(config: PretrainConfig) -> None:
+    """One run from its settings to its model."""
+    accelerator = start_accelerator(config)
+    with accelerator.main_process_first():  # the others find what the first has prepared
+        source, eval_source = open_sources(config)
+    run = start_run(config, accelerator, source)
+    stop = StopRequest()
+
+    def evaluate() -> dict[str, float]:
+        if eval_source is None:
+            return {}
+        extractor = {"knn_accuracy": encoder_features(run.unwrapped().vit.eval(), accelerator)}
+        size = height_and_width(run.unwrapped().config.image_size)
+        return knn_accuracies(
+            accelerator, extractor, (source, eval_source), size, config.knn_images, config.num_workers
+        )
+
+    if train(run, stop, evaluate):
+        finish(run, eval_source)
+    else:
+        accelerator.print(f"Stopped at step {run.progress.step}, all saved: the same command continues from there.")
+        accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_pretrain_config())
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"training.pretrain: {error}")

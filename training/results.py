@@ -1,0 +1,141 @@
+"""What a run leaves behind: the portable model folder, its eval.json, the figures and the table."""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, ViTImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+
+from modeling_micl import MiclConfig, MiclForPreTraining
+from modeling_micl.configuration_micl import height_and_width
+from training.checkpoint import replace_folder
+from training.data import Batch, EvaluationImages, batches
+from training.features import BASELINES, Extractor, encoder_features, extract_features, knn_accuracy, normalize_pixels
+from training.figures import save_curves, save_similarities, save_views
+from training.images import central_crop
+from training.log import read_metrics
+from training.monitor import provenance
+from training.source import ImageSource
+
+
+KNN_PROTOCOL = "kNN, k=20, cosine, votes weighted by exp(cosine / 0.07), [CLS] of the whole central crop"
+FIGURE_ROWS = 6
+SIMILARITY_IMAGES = 64
+
+
+def image_processor(config: MiclConfig) -> ViTImageProcessor:
+    """The evaluation transform as an image processor: bicubic, ImageNet's mean and standard deviation.
+
+    Square images above 64 pixels are resized by their shorter side and cropped at 7/8 of it (256 → 224), others are
+    resized to the model's size.
+    """
+    height, width = height_and_width(config.image_size)
+    crop = height == width > 64
+    return ViTImageProcessor(
+        size={"shortest_edge": round(height * 256 / 224)} if crop else {"height": height, "width": width},
+        do_center_crop=crop,
+        crop_size={"height": height, "width": width},
+        resample=PILImageResampling.BICUBIC,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+        do_convert_rgb=True,
+    )
+
+
+def save_model(model: PreTrainedModel, folder: Path, results: list[dict[str, Any]]) -> None:
+    """Write the portable folder in one move: config, weights, image processor and eval.json."""
+    unfinished = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    image_processor(model.config).save_pretrained(unfinished)
+    (unfinished / "eval.json").write_text(json.dumps({"results": results} | provenance(), indent=2) + "\n")
+    replace_folder(unfinished, folder)
+
+
+def knn_accuracies(
+    accelerator: Accelerator,
+    extractors: dict[str, Extractor],
+    splits: tuple[ImageSource, ImageSource],
+    size: tuple[int, int],
+    max_images: int,
+    num_workers: int,
+) -> dict[str, float]:
+    """Top-1 accuracy in [0, 1] of each extractor's features: the first split votes, the second is classified."""
+    train, test = (extract_features(accelerator, split, extractors, size, max_images, num_workers) for split in splits)
+    return {
+        name: knn_accuracy(train.features[name], train.labels, test.features[name], test.labels) for name in extractors
+    }
+
+
+def final_accuracies(
+    accelerator: Accelerator,
+    untrained: MiclForPreTraining,
+    trained: MiclForPreTraining,
+    splits: tuple[ImageSource, ImageSource],
+    max_images: int,
+    num_workers: int,
+) -> dict[str, float]:
+    """kNN accuracy of features that learn nothing, and of the encoder before and after training."""
+    extractors = BASELINES | {
+        "encoder before training": encoder_features(untrained.vit.eval(), accelerator),
+        "encoder after training": encoder_features(trained.vit.eval(), accelerator),
+    }
+    size = height_and_width(trained.config.image_size)
+    return knn_accuracies(accelerator, extractors, splits, size, max_images, num_workers)
+
+
+def knn_results(
+    accuracies: dict[str, float], dataset: str, splits: tuple[ImageSource, ImageSource], max_images: int, seed: int
+) -> list[dict[str, Any]]:
+    """Entries of eval.json, each with all that is needed to repeat and to judge it."""
+    train, test = splits
+    return [
+        {
+            "task": "image-classification",
+            "protocol": KNN_PROTOCOL,
+            "features": name,
+            "metric": "top-1 accuracy",
+            "value": accuracy,
+            "dataset": dataset,
+            "num_train_images": min(max_images, train.num_images),
+            "num_test_images": min(max_images, test.num_images),
+            "train_fingerprint": train.fingerprint,
+            "test_fingerprint": test.fingerprint,
+            "seed": seed,
+            "command": shlex.join(["python", "-m", "training.pretrain", *sys.argv[1:]]),
+        }
+        for name, accuracy in accuracies.items()
+    ]
+
+
+def table(accuracies: dict[str, float], num_test_images: int) -> str:
+    """A table for people."""
+    width = max(map(len, accuracies))
+    lines = [f"kNN accuracy on {num_test_images} test images (top-1, k = 20)"]
+    return "\n".join(lines + [f"  {name:<{width}}  {accuracy:6.1%}" for name, accuracy in accuracies.items()])
+
+
+@torch.no_grad()
+def save_figures(
+    folder: Path, untrained: MiclForPreTraining, trained: MiclForPreTraining, source: ImageSource
+) -> None:
+    """Write views.png and similarity.png of a few images, and curves.png of metrics.jsonl, to `folder/figures`."""
+    config = trained.config
+    images = EvaluationImages(source, central_crop(height_and_width(config.image_size)), SIMILARITY_IMAGES)
+    batch: Batch = next(batches(images, num_workers=0))
+    pixels = batch.pixels.to(trained.device)
+    ids_visible = trained.sample_views(
+        normalize_pixels(pixels), generator=torch.Generator(trained.device).manual_seed(0)
+    )
+    embeds = [m.eval()(normalize_pixels(pixels), ids_visible=ids_visible).view_embeds for m in (untrained, trained)]
+    patch_size = height_and_width(config.patch_size)
+    figures = folder / "figures"
+    save_views(figures / "views.png", batch.pixels[:FIGURE_ROWS], ids_visible[:FIGURE_ROWS].cpu(), patch_size)
+    save_similarities(figures / "similarity.png", *(each.float().cpu() for each in embeds))
+    save_curves(figures / "curves.png", read_metrics(folder / "metrics.jsonl"))

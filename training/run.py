@@ -1,0 +1,186 @@
+"""A pre-training run: what follows from its settings, how far it is, and how it is saved, resumed and interrupted."""
+
+import signal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from modeling_micl import MiclForPreTraining, visible_patches_per_view
+from training.checkpoint import find_defect, load_checkpoint, newest_checkpoint, read_state, save_checkpoint
+from training.config import PretrainConfig
+from training.monitor import gigaflop_per_image
+from training.optim import learning_rate, scaled_learning_rate
+from training.source import ImageSource
+
+
+@dataclass
+class Plan:
+    """What follows from the recipe, the data and the hardware."""
+
+    forward_images: int  # images of one forward pass over all processes
+    contrasted_images: int  # images among which a view must find its own
+    images_per_step: int  # images per optimiser step
+    forwards_per_epoch: int
+    total_steps: int  # optimiser steps of this run
+    peak_lr: float
+
+
+def make_plan(config: PretrainConfig, num_images: int, processes: int) -> Plan:
+    """Derive the batch sizes, steps and learning rate.
+
+    Raises:
+        ValueError: if a view would have no negatives, or the data do not fill one batch.
+    """
+    forward_images = config.per_device_batch_size * processes
+    contrasted_images = forward_images if config.negatives == "global" else config.per_device_batch_size
+    if contrasted_images < 2:
+        raise ValueError("per_device_batch_size=1 leaves no negatives, and the loss would be 0: use at least 2.")
+    if num_images < forward_images:
+        raise ValueError(
+            f"The {num_images} images do not fill one batch of {config.per_device_batch_size} on {processes} processes: "
+            f"lower per_device_batch_size to at most {num_images // processes}."
+        )
+    forwards_per_epoch = num_images // forward_images
+    images_per_step = forward_images * config.gradient_accumulation_steps
+    total_steps = config.epochs * forwards_per_epoch // config.gradient_accumulation_steps
+    return Plan(
+        forward_images=forward_images,
+        contrasted_images=contrasted_images,
+        images_per_step=images_per_step,
+        forwards_per_epoch=forwards_per_epoch,
+        total_steps=min(total_steps, config.max_steps or total_steps),
+        peak_lr=scaled_learning_rate(config.base_lr, images_per_step),
+    )
+
+
+def summary(run: "Run") -> str:
+    """What the run is going to do, with everything that follows from its settings."""
+    config, plan, model = run.config, run.plan, run.unwrapped()
+    processes = run.accelerator.num_processes
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    seen = visible_patches_per_view(model.config.num_patches, config.mask_ratio, config.num_views)
+    lines = {
+        "data": f"{config.dataset}, {run.source.num_images:,} images in {len(run.source.lengths)} shards",
+        "model": f"{parameters / 1e6:.1f} M parameters, {gigaflop_per_image(model.config):.3g} GFLOP per image and step",
+        "views": f"{config.num_views} of {seen} patches each, out of {model.config.num_patches}",
+        "per_device_batch_size": f"{config.per_device_batch_size} images, on {processes} processes",
+        "global_batch_size": f"{plan.contrasted_images} images contrasted with each other ({config.negatives} negatives)",
+        "images per optimiser step": f"{plan.images_per_step} ({config.gradient_accumulation_steps} forward passes)",
+        "learning rate": f"{plan.peak_lr:.3g} at its peak = {config.base_lr:g} × {plan.images_per_step} / 256",
+        "steps": f"{plan.total_steps:,}, {plan.forwards_per_epoch / config.gradient_accumulation_steps:g} per epoch; "
+        f"schedule over {config.epochs} epochs, {config.warmup_epochs:g} of them warm-up",
+    }
+    return "\n".join(f"{name:<26} {text}" for name, text in lines.items())
+
+
+@dataclass
+class Progress:
+    """What a checkpoint must remember beside the weights and the optimiser."""
+
+    step: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+    seen: int = 0
+    broken: int = 0
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: PretrainConfig
+    accelerator: Accelerator
+    source: ImageSource
+    plan: Plan
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output_dir)
+
+    @property
+    def first_place(self) -> int:
+        """This process's first place in the global batch."""
+        return self.accelerator.process_index * self.config.per_device_batch_size
+
+    @property
+    def last_place(self) -> int:
+        """The place behind this process's last."""
+        return self.first_place + self.config.per_device_batch_size
+
+    def learning_rate(self) -> float:
+        """The rate of the optimiser step that the next forward pass belongs to."""
+        started = self.progress.forwards - self.progress.forwards % self.config.gradient_accumulation_steps
+        epoch = started / self.plan.forwards_per_epoch
+        return learning_rate(epoch, self.plan.peak_lr, self.config.warmup_epochs, self.config.epochs)
+
+    def unwrapped(self) -> MiclForPreTraining:
+        """The model itself."""
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, MiclForPreTraining)
+        return model
+
+
+def save_run(run: Run) -> None:
+    """Write a resumable checkpoint."""
+    state = {"progress": asdict(run.progress), "config": run.config.to_dict(), "data": run.source.fingerprint}
+    state["forward_images"] = run.plan.forward_images
+    save_checkpoint(
+        run.accelerator, run.folder / "checkpoints", run.progress.step, state, keep=run.config.save_total_limit
+    )
+
+
+def resume_run(run: Run) -> None:
+    """Continue where `config.resume` says.
+
+    Raises:
+        ValueError: if that run had other settings, naming the keys that differ.
+    """
+    checkpoint: Path | None = None
+    if run.config.resume == "auto":
+        checkpoint, refused = newest_checkpoint(run.folder / "checkpoints")
+        for reason in refused:
+            run.accelerator.print(f"not resuming from {reason}")
+    elif run.config.resume != "none":
+        checkpoint = Path(run.config.resume)
+        if defect := find_defect(checkpoint):
+            raise ValueError(f"--resume {checkpoint}: {defect}")
+    if checkpoint is None:
+        return
+    state = read_state(checkpoint)
+    now = {**run.config.to_dict(), "data": run.source.fingerprint, "forward_images": run.plan.forward_images}
+    then = {**state["config"], "data": state["data"], "forward_images": state["forward_images"]}
+    differing = [k for k in now if k not in PretrainConfig.CHANGEABLE and now[k] != then.get(k)]
+    if differing:
+        changes = ", ".join(f"{key}: {then.get(key)!r} → {now[key]!r}" for key in differing)
+        raise ValueError(
+            f"{checkpoint} was trained with other settings ({changes}). Go back to them, or start anew with another "
+            "--output_dir or --resume none."
+        )
+    load_checkpoint(run.accelerator, checkpoint)
+    run.progress = Progress(**state["progress"])
+    run.accelerator.print(f"resuming from {checkpoint}")
+
+
+class StopRequest:
+    """Remembers that Ctrl-C or SIGTERM came, so that the loop can end between two steps; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    @property
+    def came(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.received is not None
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,213 @@
+"""Where images come from: any `datasets` dataset as undecoded rows, in shards of known length."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetNotFoundError
+
+from training.photos import photo_crops
+
+
+Row = dict[str, Any]
+DEMONSTRATION = "photos"
+
+
+@dataclass
+class ImageSource:
+    """Undecoded rows of one split.
+
+    Attributes:
+        rows: a map-style dataset, or a stream that can be split into its shards.
+        lengths: rows in each shard of the stream; one number for a map-style dataset.
+        image_column: column of `rows` with undecoded images.
+        label_column: column with integer labels, None if there are none.
+        class_names: names of the labels, None if the data does not tell.
+        fingerprint: changes when files, row counts or columns change.
+    """
+
+    rows: datasets.Dataset | datasets.IterableDataset
+    lengths: list[int]
+    image_column: str
+    label_column: str | None
+    class_names: list[str] | None
+    fingerprint: str
+
+    @property
+    def num_images(self) -> int:
+        """Images of one epoch."""
+        return sum(self.lengths)
+
+    @property
+    def random_access(self) -> bool:
+        """Whether rows can be read in any order at no cost."""
+        return isinstance(self.rows, datasets.Dataset)
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[Row]:
+        """Rows start ≤ i < stop of one shard of a stream, in stored order."""
+        assert isinstance(self.rows, datasets.IterableDataset)
+        rows = self.rows.shard(num_shards=len(self.lengths), index=shard).skip(start).take(stop - start)
+        # Read in batches because a plain loop in a DataLoader's worker would give it only a part of the rows.
+        for batch in rows.iter(batch_size=16):
+            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+    def image_of(self, row: Row) -> dict[str, Any] | None:
+        """The undecoded image in a row."""
+        image: dict[str, Any] | None = row[self.image_column]
+        return image
+
+    def label_of(self, row: Row) -> int:
+        """The label in a row, -1 where there is none."""
+        label = row[self.label_column] if self.label_column else None
+        return -1 if label is None else int(label)
+
+
+def open_source(
+    dataset: str,
+    split: str = "train",
+    dataset_config: str | None = None,
+    streaming: bool | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_images: int | None = None,
+) -> ImageSource:
+    """Open one split of a dataset without decoding anything.
+
+    Args:
+        dataset: Hub id, local folder of Parquet files, WebDataset tars or images, one such file, or `"photos"`.
+        split: its split.
+        dataset_config: the configuration's name where a Hub dataset has several.
+        streaming: whether to read while training instead of preparing the whole dataset first; unset, everything
+            streams but folders of images, which are on disk already.
+        image_column: the only image column when unset.
+        label_column: the only class label column when unset, if there is one.
+        max_images: use only the first so many rows.
+
+    Raises:
+        ValueError: if the dataset, the split or a column does not exist, naming what there is.
+    """
+    builder = _find_builder(str(photo_crops()) if dataset == DEMONSTRATION else dataset, dataset_config)
+    streaming = streaming if streaming is not None else builder.name != "imagefolder"
+    try:
+        if streaming:
+            rows = builder.as_streaming_dataset(split=split)
+        else:
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=split)
+    except (ValueError, KeyError) as error:
+        if "split" not in str(error).lower():
+            raise
+        raise ValueError(f"The dataset {dataset!r} has no split {split!r}: {error}") from None
+    image_column = _image_column(rows.features, image_column)
+    label_column = _label_column(rows.features, label_column)
+    names = getattr(rows.features[label_column], "names", None) if label_column else None
+    rows = rows.select_columns([column for column in (image_column, label_column) if column])
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    if max_images is not None and isinstance(rows, datasets.Dataset):
+        rows = rows.select(range(min(max_images, len(rows))))
+    lengths = [len(rows)] if isinstance(rows, datasets.Dataset) else _shard_lengths(rows, _files_of(builder, split))
+    if max_images is not None:
+        lengths = _first(lengths, max_images)
+    if sum(lengths) == 0:
+        raise ValueError(f"The split {split!r} of {dataset!r} is empty: check --dataset and --split.")
+    fingerprint = _fingerprint(_files_of(builder, split), lengths, rows.features)
+    return ImageSource(rows, lengths, image_column, label_column, names, fingerprint)
+
+
+def available_splits(dataset: str, dataset_config: str | None = None) -> list[str]:
+    """Names of a dataset's splits, as far as they are known without reading it."""
+    builder = _find_builder(str(photo_crops()) if dataset == DEMONSTRATION else dataset, dataset_config)
+    return [str(split) for split in builder.config.data_files or builder.info.splits or ()]
+
+
+def _find_builder(dataset: str, config: str | None) -> datasets.DatasetBuilder:
+    path = Path(dataset).expanduser()
+    try:
+        if path.is_file():
+            kind = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}.get(path.suffix)
+            if kind is None:
+                raise ValueError(f"--dataset {dataset}: a file must be .parquet, .tar or .arrow, or name its folder.")
+            return datasets.load_dataset_builder(kind, data_files=str(path))
+        return datasets.load_dataset_builder(str(path) if path.is_dir() else dataset, config)
+    except DatasetNotFoundError as error:
+        hint = (
+            f"It is gated: ask for access at https://huggingface.co/datasets/{dataset}, then log in with "
+            "`hf auth login` or set HF_TOKEN."
+            if "gated" in str(error).lower()
+            else "If it is private or gated, log in with `hf auth login`; otherwise check the name."
+        )
+        raise ValueError(f"Cannot open --dataset {dataset!r}: {error}\n{hint}") from error
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"--dataset {dataset!r} is no folder with images, Parquet files or tars, and no dataset on the Hub: {error}"
+        ) from error
+    except ConnectionError as error:
+        raise ValueError(
+            f"--dataset {dataset!r} is no local folder, and the Hub cannot be reached: {error}. Check the path or the "
+            "connection. A gated dataset (as ILSVRC/imagenet-1k) also needs access, to be asked for at "
+            f"https://huggingface.co/datasets/{dataset}, and a token: `hf auth login` or HF_TOKEN."
+        ) from error
+
+
+def _files_of(builder: datasets.DatasetBuilder, split: str) -> list[str]:
+    files = builder.config.data_files or {}
+    return [str(file) for file in files.get(split, [])]
+
+
+def _image_column(features: datasets.Features, asked: str | None) -> str:
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if asked is not None:
+        if asked not in features:
+            raise ValueError(f"--image_column {asked!r} does not exist: the columns are {sorted(features)}.")
+        return asked
+    if len(images) != 1:
+        found = f"has several image columns {images}" if images else f"has no image column among {sorted(features)}"
+        raise ValueError(f"The dataset {found}: name the one to use with --image_column.")
+    return images[0]
+
+
+def _label_column(features: datasets.Features, asked: str | None) -> str | None:
+    if asked is not None:
+        integer = isinstance(features.get(asked), datasets.Value) and "int" in features[asked].dtype
+        if not integer and not isinstance(features.get(asked), datasets.ClassLabel):
+            raise ValueError(
+                f"--label_column {asked!r} must hold integers or class labels: the columns are {dict(features)}."
+            )
+        return asked
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return labels[0] if len(labels) == 1 else None
+
+
+def _shard_lengths(rows: datasets.IterableDataset, files: Sequence[str]) -> list[int]:
+    """Rows of every shard: from the footers of Parquet files, else by reading through the shards once."""
+    if len(files) == rows.num_shards and all(file.endswith(".parquet") for file in files):
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(_parquet_rows, files))
+    shards = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
+    return [sum(1 for _ in shard) for shard in shards]
+
+
+def _parquet_rows(file: str) -> int:
+    with fsspec.open(file, "rb") as opened:
+        return int(pq.read_metadata(opened).num_rows)
+
+
+def _first(lengths: list[int], max_images: int) -> list[int]:
+    """Lengths of the leading shards that hold the first `max_images` rows; the others become empty."""
+    kept = []
+    for length in lengths:
+        kept.append(min(length, max_images - sum(kept)))
+    return kept
+
+
+def _fingerprint(files: Sequence[str], lengths: Sequence[int], features: datasets.Features) -> str:
+    names = [file if "://" in file else Path(file).name for file in files]
+    facts = json.dumps([names, list(lengths), str(features)])
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
