@@ -98,7 +98,9 @@ class MiclConfig(BackboneConfigMixin, PreTrainedConfig):
         known = {field.name for field in fields(cls)} | {"out_features", "out_indices"}
         overrides = {name: kwargs.pop(name) for name in sorted(known & kwargs.keys())}
         if "num_hidden_layers" in overrides:  # the stored stages may not exist any more
-            config_dict = {k: v for k, v in config_dict.items() if k not in ("out_features", "out_indices", "stage_names")}
+            config_dict = {
+                k: v for k, v in config_dict.items() if k not in ("out_features", "out_indices", "stage_names")
+            }
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @property
@@ -132,7 +134,7 @@ class MiclConfig(BackboneConfigMixin, PreTrainedConfig):
             if image % patch:
                 raise ValueError(
                     f"The {side} of image_size={self.image_size} is not divisible by patch_size={self.patch_size}: "
-                    f"use {max(image // patch, 1) * patch} or {(image // patch + 1) * patch} pixels, or another patch_size."
+                    f"use {max(image // patch, 1) * patch} or {(image // patch + 1) * patch} pixels, or other patches."
                 )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -154,8 +156,8 @@ class MiclConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"temperature must be > 0, got {self.temperature}; the released default is 0.07.")
         if not self.kappa > -0.5:
             raise ValueError(
-                f"kappa must be > -1/2, got {self.kappa}: below, the T-SP similarity of opposite embeddings has a pole; "
-                "the released default is 1/64."
+                f"kappa must be > -1/2, got {self.kappa}: at or below that, the T-SP similarity has a "
+                "pole; the released default is 1/64."
             )
         visible_patches_per_view(self.num_patches, self.mask_ratio, self.num_views)
 

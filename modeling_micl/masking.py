@@ -58,7 +58,7 @@ def sample_views(
         noise = torch.rand(batch_size, num_patches, generator=generator, device=device)
     elif noise.shape != (batch_size, num_patches):
         raise ValueError(
-            f"noise must have shape (batch_size, num_patches) = ({batch_size}, {num_patches}), got {tuple(noise.shape)}."
+            f"noise must have shape (batch_size, num_patches) = {(batch_size, num_patches)}, got {tuple(noise.shape)}."
         )
     ids_shuffle = noise.argsort(dim=1)
     return ids_shuffle[:, : num_views * patches_per_view].reshape(batch_size, num_views, patches_per_view)

@@ -1,8 +1,8 @@
 """MiCL on transformers' Vision Transformer.
 
-The encoder is a stock ViT with stock parameter names; this file adds what MiCL needs: only the visible patches are
-embedded, positions are fixed, the initialisation is the released program's, layers may be dropped, and the [CLS] tokens
-of disjoint views are contrasted.
+The encoder is a stock ViT with stock parameter names. This file adds what MiCL needs: only the visible patches are
+embedded, positions are fixed, the initialisation is the released program's, layers may be dropped, and the [CLS]
+tokens of disjoint views are contrasted.
 
 Shapes in the comments: B images, V views, K visible patches per view, L patches per image, D embedding width.
 """
@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from transformers import ViTModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    ModelOutput,
+)
 from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTPatchEmbeddings, ViTPreTrainedModel
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -92,7 +96,8 @@ class MiclEmbeddings(nn.Module):
             patches = self._embed_visible(pixel_values, ids) + positions[0, 1:][ids]
             patches = patches.reshape(batch_size * num_views, patches_per_view, -1)
         cls_tokens = (self.cls_token + positions[:, :1]).expand(len(patches), -1, -1)
-        return self.dropout(torch.cat([cls_tokens, patches], dim=1))
+        tokens: Tensor = self.dropout(torch.cat([cls_tokens, patches], dim=1))
+        return tokens
 
     def _embed_visible(self, pixel_values: Tensor, ids: Tensor) -> Tensor:
         """Project only the patches with the given ids, (B, N) -> (B, N, D): pixels are gathered first."""
@@ -140,7 +145,9 @@ class MiclLayer(ViTLayer):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.dropout(attended))
-        return hidden_states + self.drop_path(self.dropout(self.mlp(self.layernorm_after(hidden_states))))
+        transformed = self.mlp(self.layernorm_after(hidden_states))
+        hidden_states = hidden_states + self.drop_path(self.dropout(transformed))
+        return hidden_states
 
 
 class MiclPreTrainedModel(ViTPreTrainedModel):

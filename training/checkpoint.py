@@ -1,4 +1,4 @@
-"""Two kinds of folder: resumable checkpoints, written so that a crash at any moment loses none, and portable models."""
+"""Resumable checkpoints, written so that a crash at any moment loses none, and the safe replacement of a folder."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: di
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint in a folder, None if there is none, and why each newer one was refused."""
-    refused = []
+    refused: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         defect = find_defect(path)
         if defect is None:

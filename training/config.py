@@ -1,4 +1,4 @@
-"""Settings of a pre-training run: a YAML recipe, overridden by one flag per field, checked before anything is loaded."""
+"""Settings of a pre-training run: a YAML recipe and one flag per field, checked before anything is loaded."""
 
 import difflib
 import sys
@@ -82,10 +82,11 @@ class PretrainConfig:
     report_to: str = _field("tensorboard", "trackers, comma-separated, or 'none'")
 
     # What may differ when a run is resumed: it changes neither the model nor the course of training.
-    CHANGEABLE: ClassVar[frozenset[str]] = frozenset(
-        "eval_split num_workers max_bad_fraction max_steps output_dir logging_steps save_steps save_total_limit resume "
-        "knn_epochs knn_images report_to gradient_checkpointing label_column".split()
-    )
+    CHANGEABLE: ClassVar[set[str]] = {
+        *("output_dir", "resume", "max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to"),
+        *("eval_split", "label_column", "knn_epochs", "knn_images"),
+        *("num_workers", "max_bad_fraction", "gradient_checkpointing"),
+    }
 
     def model_config(self) -> MiclConfig:
         """The model's configuration; raises ValueError on an impossible one."""
@@ -152,7 +153,8 @@ class _Parser(HfArgumentParser):
     """Reports mistakes in one line instead of printing every flag there is."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        print(f"{self.prog}: {message}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2)
 
 
 def parse_pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:

@@ -258,6 +258,7 @@ def _start_worker(_: int) -> None:
     fsspec.asyn.reset_lock()  # a lock held while forking would never be released here
     # Ctrl-C reaches every process of the terminal; the main one must still get batches to stop in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _worker() -> tuple[int, int]:

@@ -40,7 +40,7 @@ def encoder_features(model: MiclModel, accelerator: Accelerator) -> Extractor:
 
 def raw_pixels(pixels: Tensor) -> Tensor:
     """The image itself, at most 32 × 32 pixels."""
-    size = [min(side, 32) for side in pixels.shape[1:3]]
+    size = (min(pixels.shape[1], 32), min(pixels.shape[2], 32))
     return adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2).float(), size).flatten(1)
 
 

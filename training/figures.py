@@ -7,6 +7,7 @@ import matplotlib
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 
@@ -94,7 +95,7 @@ def _only_patches(image: Tensor, ids: Tensor, patch_size: tuple[int, int]) -> Te
     return image * mask + MASKED_GRAY * (1 - mask)
 
 
-def _finish(figure: plt.Figure, path: Path) -> None:
+def _finish(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -27,7 +27,7 @@ def decode_rgb(stored: dict[str, Any] | None) -> Image.Image:
         raise ValueError("the row holds no image")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # EXIF oddities and large images are no news; bombs still raise
-        image = Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
+        image: Image.Image = Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
@@ -35,7 +35,7 @@ def decode_rgb(stored: dict[str, Any] | None) -> Image.Image:
             values = np.asarray(image).astype(np.int64)
             if values.min() < 0 or values.max() > 65535:
                 raise ValueError("gray values do not fit in 16 bits")
-            image = Image.fromarray((values // 257).astype(np.uint8))
+            image = Image.fromarray(np.round(values / 257).astype(np.uint8))
         elif image.mode == "F":
             raise ValueError("floating-point images have no defined range")
         return image.convert("RGB")
@@ -61,9 +61,10 @@ def random_resized_crop(size: tuple[int, int], min_scale: float, horizontal_flip
 
 
 def random_crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Box (left, top, right, bottom) of an Inception crop: area share U[min_scale, 1], log-uniform aspect in [3/4, 4/3].
+    """Box (left, top, right, bottom) of an Inception crop.
 
-    After ten boxes that do not fit it falls back to the largest central one of allowed aspect, as torchvision does.
+    Its share of the area is uniform in [min_scale, 1], its aspect log-uniform in [3/4, 4/3]. After ten boxes that do
+    not fit it falls back to the largest central one of allowed aspect, as torchvision does.
     """
     for _ in range(10):
         area = width * height * rng.uniform(min_scale, 1)

@@ -43,15 +43,16 @@ class CollapseAlarm:
         )
         if metrics["negative_cosine"] > 0.98:
             return text + (
-                f"All embeddings point the same way (mean cosine of negatives {metrics['negative_cosine']:.3f}). Likely "
-                "the views of an image share too little, as with strokes on an empty ground, or the learning rate is "
-                "too high: lower mask_ratio or base_lr, use larger patches or a longer warm-up. MiCL wants natural images."
+                f"All embeddings point the same way (mean cosine of negatives {metrics['negative_cosine']:.3f}). "
+                "Likely the views of an image share too little, as with strokes on an empty ground, or the learning "
+                "rate is too high: lower mask_ratio or base_lr, use larger patches or a longer warm-up. MiCL wants "
+                "natural images."
             )
         return text + "Likely the views are too small or too alike between images: lower mask_ratio or temperature."
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one object per line; entries beyond the resumed step are dropped, they will be written again."""
+    """`metrics.jsonl`, one object per line; entries beyond the resumed step are dropped, as they come again."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -77,7 +78,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Logger:
-    """Adds up what happens between two entries, and writes them to metrics.jsonl, the trackers and the progress bar."""
+    """Adds up what happens between two entries; writes them to metrics.jsonl, trackers and progress bar."""
 
     def __init__(self, run: Run, stop: StopRequest) -> None:
         self.run, self.stop = run, stop
@@ -129,7 +130,7 @@ class Logger:
         progress.seconds += seconds
         progress.seen += images
         progress.broken += round(metrics.pop("broken") * accelerator.num_processes)
-        stopping = metrics.pop("stop") > 0
+        stopping = bool(metrics.pop("stop") > 0)
         entry = {"step": progress.step, "epoch": progress.forwards / run.plan.forwards_per_epoch} | metrics
         entry |= {"learning_rate": run.optimizer.param_groups[0]["lr"], "images_per_second": images / seconds}
         entry |= {"grad_norm": float(grad_norm) if grad_norm is not None else None, "broken_images": progress.broken}
@@ -159,9 +160,9 @@ class Logger:
         norm = entry["grad_norm"]
         if not math.isfinite(entry["loss"]) or (norm is not None and not math.isfinite(norm) and not overflow_handled):
             raise RuntimeError(
-                f"Step {entry['step']}: loss {entry['loss']}, gradient norm {norm}. The run stops; the last checkpoint "
-                f"in {run.folder / 'checkpoints'} is good. Try a lower base_lr, a longer warm-up, max_grad_norm=1, or "
-                "mixed_precision bf16 or no instead of fp16."
+                f"Step {entry['step']}: loss {entry['loss']}, gradient norm {norm}. The run stops; the last "
+                f"checkpoint in {run.folder / 'checkpoints'} is good. Try a lower base_lr, a longer warm-up, "
+                "max_grad_norm=1, or mixed_precision bf16 or no instead of fp16."
             )
         tolerated = run.config.max_bad_fraction * max(progress.seen, min(1000, run.source.num_images))
         if progress.broken > tolerated:

@@ -45,7 +45,8 @@ def effective_rank(embeds: Tensor) -> Tensor:
     gram = centred @ centred.T if len(embeds) < embeds.shape[1] else centred.T @ centred
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
-    return torch.special.entr(shares).sum().exp()
+    rank: Tensor = torch.special.entr(shares).sum().exp()
+    return rank
 
 
 def gigaflop_per_image(config: MiclConfig) -> float:

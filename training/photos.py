@@ -63,9 +63,11 @@ def _write_split(split: str, folder: Path) -> None:
         {"image": [{"bytes": _crop(photos[label], rng), "path": None} for label in labels], "label": labels},
         features=features,
     )
+    datasets.disable_progress_bars()
     for index in range(SHARDS[split]):
         shard = crops.shard(SHARDS[split], index, contiguous=True)
         shard.to_parquet(folder / f"{split}-{index:05d}-of-{SHARDS[split]:05d}.parquet")
+    datasets.enable_progress_bars()
 
 
 def _region(split: str, photo: Image.Image) -> Image.Image:

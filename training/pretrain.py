@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from training.features import encoder_features, normalize_pixels
 from training.images import random_resized_crop
 from training.log import Logger
 from training.optim import build_optimizer, set_learning_rate
-from training.results import final_accuracies, knn_accuracies, knn_results, save_figures, save_model, table
+from training.results import TRAINED, final_accuracies, knn_accuracies, knn_results, save_figures, save_model, table
 from training.run import Run, StopRequest, make_plan, resume_run, save_run, summary
 from training.source import ImageSource, available_splits, open_source
 
@@ -65,11 +64,12 @@ def forward_backward(run: Run, batch: Batch, with_norm: bool) -> tuple[MiclForPr
     return output, grad_norm
 
 
-def train(run: Run, stop: StopRequest, evaluate: Callable[[], dict[str, float]]) -> bool:
+def train(run: Run, log: Logger, stop: StopRequest, evaluate: Callable[[], dict[str, float]]) -> bool:
     """The training loop; returns whether it went to the end, rather than being asked to stop."""
     config, accelerator, progress, total_steps = run.config, run.accelerator, run.progress, run.plan.total_steps
     knn_every = config.knn_epochs * run.plan.forwards_per_epoch // config.gradient_accumulation_steps
-    log = Logger(run, stop)
+    if knn_every and progress.step == 0:
+        log.write_evaluation(evaluate())
     run.model.train()
     for batch in process_batches(run) if progress.step < total_steps else ():
         step = progress.step + 1  # the one that this pass belongs to
@@ -97,14 +97,13 @@ def train(run: Run, stop: StopRequest, evaluate: Callable[[], dict[str, float]])
 
 def open_sources(config: PretrainConfig) -> tuple[ImageSource, ImageSource | None]:
     """The training images and, if there is a labelled split for it, those that kNN classifies."""
-    where = {"dataset": config.dataset, "dataset_config": config.dataset_config, "streaming": config.streaming}
-    where |= {"image_column": config.image_column, "label_column": config.label_column}
-    train_source = open_source(split=config.split, max_images=config.max_images, **where)
+    where = (config.dataset_config, config.streaming, config.image_column, config.label_column)
+    train_source = open_source(config.dataset, config.split, *where, max_images=config.max_images)
     splits = available_splits(config.dataset, config.dataset_config)
     eval_split = config.eval_split or next((name for name in ("validation", "test") if name in splits), None)
     if config.knn_images == 0 or train_source.label_column is None or eval_split is None:
         return train_source, None
-    return train_source, open_source(split=eval_split, **where)
+    return train_source, open_source(config.dataset, eval_split, *where)
 
 
 def untrained_model(config: PretrainConfig) -> MiclForPreTraining:
@@ -147,7 +146,7 @@ def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSou
     return run
 
 
-def finish(run: Run, eval_source: ImageSource | None) -> None:
+def finish(run: Run, log: Logger, eval_source: ImageSource | None) -> None:
     """Evaluate, then write the portable model, its eval.json and the figures, and print the table."""
     config, accelerator = run.config, run.accelerator
     untrained, trained = untrained_model(config).to(accelerator.device), run.unwrapped()
@@ -156,6 +155,7 @@ def finish(run: Run, eval_source: ImageSource | None) -> None:
         splits = (run.source, eval_source)
         accuracies = final_accuracies(accelerator, untrained, trained, splits, config.knn_images, config.num_workers)
         results = knn_results(accuracies, config.dataset, splits, config.knn_images, config.seed)
+        log.write_evaluation({"knn_accuracy": accuracies[TRAINED]})
         accelerator.print(table(accuracies, min(config.knn_images, eval_source.num_images)))
     if accelerator.is_main_process:
         save_model(trained, run.folder / "model", results)
@@ -171,6 +171,7 @@ def main(config: PretrainConfig) -> None:
         source, eval_source = open_sources(config)
     run = start_run(config, accelerator, source)
     stop = StopRequest()
+    log = Logger(run, stop)
 
     def evaluate() -> dict[str, float]:
         if eval_source is None:
@@ -181,8 +182,8 @@ def main(config: PretrainConfig) -> None:
             accelerator, extractor, (source, eval_source), size, config.knn_images, config.num_workers
         )
 
-    if train(run, stop, evaluate):
-        finish(run, eval_source)
+    if train(run, log, stop, evaluate):
+        finish(run, log, eval_source)
     else:
         accelerator.print(f"Stopped at step {run.progress.step}, all saved: the same command continues from there.")
         accelerator.end_training()

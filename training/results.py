@@ -25,6 +25,7 @@ from training.source import ImageSource
 
 
 KNN_PROTOCOL = "kNN, k=20, cosine, votes weighted by exp(cosine / 0.07), [CLS] of the whole central crop"
+TRAINED = "encoder after training"
 FIGURE_ROWS = 6
 SIMILARITY_IMAGES = 64
 
@@ -81,10 +82,10 @@ def final_accuracies(
     max_images: int,
     num_workers: int,
 ) -> dict[str, float]:
-    """kNN accuracy of features that learn nothing, and of the encoder before and after training."""
+    """KNN accuracy of features that learn nothing, and of the encoder before and after training."""
     extractors = BASELINES | {
         "encoder before training": encoder_features(untrained.vit.eval(), accelerator),
-        "encoder after training": encoder_features(trained.vit.eval(), accelerator),
+        TRAINED: encoder_features(trained.vit.eval(), accelerator),
     }
     size = height_and_width(trained.config.image_size)
     return knn_accuracies(accelerator, extractors, splits, size, max_images, num_workers)

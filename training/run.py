@@ -40,8 +40,8 @@ def make_plan(config: PretrainConfig, num_images: int, processes: int) -> Plan:
         raise ValueError("per_device_batch_size=1 leaves no negatives, and the loss would be 0: use at least 2.")
     if num_images < forward_images:
         raise ValueError(
-            f"The {num_images} images do not fill one batch of {config.per_device_batch_size} on {processes} processes: "
-            f"lower per_device_batch_size to at most {num_images // processes}."
+            f"The {num_images} images do not fill one batch of {config.per_device_batch_size} on {processes} "
+            f"processes: lower per_device_batch_size to at most {num_images // processes}."
         )
     forwards_per_epoch = num_images // forward_images
     images_per_step = forward_images * config.gradient_accumulation_steps
@@ -64,10 +64,10 @@ def summary(run: "Run") -> str:
     seen = visible_patches_per_view(model.config.num_patches, config.mask_ratio, config.num_views)
     lines = {
         "data": f"{config.dataset}, {run.source.num_images:,} images in {len(run.source.lengths)} shards",
-        "model": f"{parameters / 1e6:.1f} M parameters, {gigaflop_per_image(model.config):.3g} GFLOP per image and step",
+        "model": f"{parameters / 1e6:.1f} M parameters, {gigaflop_per_image(model.config):.3g} GFLOP per image",
         "views": f"{config.num_views} of {seen} patches each, out of {model.config.num_patches}",
         "per_device_batch_size": f"{config.per_device_batch_size} images, on {processes} processes",
-        "global_batch_size": f"{plan.contrasted_images} images contrasted with each other ({config.negatives} negatives)",
+        "global_batch_size": f"{plan.contrasted_images} images contrasted together ({config.negatives} negatives)",
         "images per optimiser step": f"{plan.images_per_step} ({config.gradient_accumulation_steps} forward passes)",
         "learning rate": f"{plan.peak_lr:.3g} at its peak = {config.base_lr:g} × {plan.images_per_step} / 256",
         "steps": f"{plan.total_steps:,}, {plan.forwards_per_epoch / config.gradient_accumulation_steps:g} per epoch; "
@@ -107,7 +107,7 @@ class Run:
     @property
     def first_place(self) -> int:
         """This process's first place in the global batch."""
-        return self.accelerator.process_index * self.config.per_device_batch_size
+        return int(self.accelerator.process_index) * self.config.per_device_batch_size
 
     @property
     def last_place(self) -> int:
@@ -129,8 +129,12 @@ class Run:
 
 def save_run(run: Run) -> None:
     """Write a resumable checkpoint."""
-    state = {"progress": asdict(run.progress), "config": run.config.to_dict(), "data": run.source.fingerprint}
-    state["forward_images"] = run.plan.forward_images
+    state = {
+        "progress": asdict(run.progress),
+        "config": run.config.to_dict(),
+        "data": run.source.fingerprint,
+        "forward_images": run.plan.forward_images,
+    }
     save_checkpoint(
         run.accelerator, run.folder / "checkpoints", run.progress.step, state, keep=run.config.save_total_limit
     )
@@ -154,7 +158,11 @@ def resume_run(run: Run) -> None:
     if checkpoint is None:
         return
     state = read_state(checkpoint)
-    now = {**run.config.to_dict(), "data": run.source.fingerprint, "forward_images": run.plan.forward_images}
+    now: dict[str, Any] = {
+        **run.config.to_dict(),
+        "data": run.source.fingerprint,
+        "forward_images": run.plan.forward_images,
+    }
     then = {**state["config"], "data": state["data"], "forward_images": state["forward_images"]}
     differing = [k for k in now if k not in PretrainConfig.CHANGEABLE and now[k] != then.get(k)]
     if differing:

@@ -146,7 +146,7 @@ def _find_builder(dataset: str, config: str | None) -> datasets.DatasetBuilder:
         raise ValueError(f"Cannot open --dataset {dataset!r}: {error}\n{hint}") from error
     except FileNotFoundError as error:
         raise ValueError(
-            f"--dataset {dataset!r} is no folder with images, Parquet files or tars, and no dataset on the Hub: {error}"
+            f"--dataset {dataset!r} is no folder of images, Parquet files or tars, and not on the Hub: {error}"
         ) from error
     except ConnectionError as error:
         raise ValueError(
@@ -162,7 +162,7 @@ def _files_of(builder: datasets.DatasetBuilder, split: str) -> list[str]:
 
 
 def _image_column(features: datasets.Features, asked: str | None) -> str:
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images: list[str] = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if asked is not None:
         if asked not in features:
             raise ValueError(f"--image_column {asked!r} does not exist: the columns are {sorted(features)}.")
@@ -201,7 +201,7 @@ def _parquet_rows(file: str) -> int:
 
 def _first(lengths: list[int], max_images: int) -> list[int]:
     """Lengths of the leading shards that hold the first `max_images` rows; the others become empty."""
-    kept = []
+    kept: list[int] = []
     for length in lengths:
         kept.append(min(length, max_images - sum(kept)))
     return kept
