@@ -145,9 +145,8 @@ class MiclLayer(ViTLayer):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.dropout(attended))
-        transformed = self.mlp(self.layernorm_after(hidden_states))
-        hidden_states = hidden_states + self.drop_path(self.dropout(transformed))
-        return hidden_states
+        transformed: Tensor = self.drop_path(self.dropout(self.mlp(self.layernorm_after(hidden_states))))
+        return hidden_states + transformed
 
 
 class MiclPreTrainedModel(ViTPreTrainedModel):
