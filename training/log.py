@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,12 @@ class Logger:
         self._restart()
         return stopping
 
-    def write_evaluation(self, accuracies: dict[str, float]) -> None:
-        """Write an entry with the result of an evaluation; its time does not count as training."""
-        if accuracies:
+    def write_evaluation(self, evaluate: Callable[[], dict[str, float]]) -> None:
+        """Run an evaluation and write an entry with its result; its time does not count as training."""
+        start = time.perf_counter()
+        if accuracies := evaluate():
             self._publish({"step": self.run.progress.step} | accuracies)
-        self._restart()
+        self.since += time.perf_counter() - start
 
     def _publish(self, entry: dict[str, Any]) -> None:
         if self.file:

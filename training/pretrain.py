@@ -24,15 +24,15 @@ from training.run import Run, StopRequest, make_plan, resume_run, save_run, summ
 from training.source import ImageSource, available_splits, open_source
 
 
-def view_noise(seed: int, forward: int, first: int, last: int, num_patches: int, device: torch.device) -> Tensor:
-    """Masking noise (last - first, L) for a process's places of a global batch.
+def view_noise(seed: int, forward: int, images: int, num_patches: int, device: torch.device) -> Tensor:
+    """Masking noise (images, L) of a whole global batch, a function of the seed and the number of the forward pass.
 
-    It is a function of the seed, the number of the forward pass and the place in the global batch, not of the process.
+    Every process draws all of it and takes the rows of its own places, so that the views of an image do not depend on
+    how many processes there are; it is a few bytes for each image.
     """
     generator = torch.Generator(device)
     generator.manual_seed(int(np.random.SeedSequence((seed, forward)).generate_state(1, np.uint64)[0]))
-    # The rows before the own places are drawn and dropped: a few bytes for each image.
-    return torch.rand(last, num_patches, generator=generator, device=device)[first:]
+    return torch.rand(images, num_patches, generator=generator, device=device)
 
 
 def process_batches(run: Run) -> Iterator[Batch]:
@@ -50,10 +50,10 @@ def forward_backward(run: Run, batch: Batch, with_norm: bool) -> tuple[MiclForPr
     config, accelerator, progress = run.config, run.accelerator, run.progress
     pixels = normalize_pixels(batch.to(accelerator.device).pixels)
     num_patches = run.unwrapped().config.num_patches
-    noise = view_noise(config.seed, progress.forwards, run.first_place, run.last_place, num_patches, pixels.device)
+    noise = view_noise(config.seed, progress.forwards, run.plan.forward_images, num_patches, pixels.device)
     grad_norm = None
     with accelerator.accumulate(run.model):
-        output: MiclForPreTrainingOutput = run.model(pixels, noise=noise)
+        output: MiclForPreTrainingOutput = run.model(pixels, noise=noise[run.first_place : run.last_place])
         accelerator.backward(output.loss)
         if accelerator.sync_gradients and (config.max_grad_norm or with_norm):
             grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
@@ -69,7 +69,7 @@ def train(run: Run, log: Logger, stop: StopRequest, evaluate: Callable[[], dict[
     config, accelerator, progress, total_steps = run.config, run.accelerator, run.progress, run.plan.total_steps
     knn_every = config.knn_epochs * run.plan.forwards_per_epoch // config.gradient_accumulation_steps
     if knn_every and progress.step == 0:
-        log.write_evaluation(evaluate())
+        log.write_evaluation(evaluate)
     run.model.train()
     for batch in process_batches(run) if progress.step < total_steps else ():
         step = progress.step + 1  # the one that this pass belongs to
@@ -88,7 +88,7 @@ def train(run: Run, log: Logger, stop: StopRequest, evaluate: Callable[[], dict[
         if stopping:
             return False
         if knn_every and step % knn_every == 0 and step < total_steps:
-            log.write_evaluation(evaluate())
+            log.write_evaluation(evaluate)
             run.model.train()
         if step == total_steps:
             break
@@ -155,7 +155,7 @@ def finish(run: Run, log: Logger, eval_source: ImageSource | None) -> None:
         splits = (run.source, eval_source)
         accuracies = final_accuracies(accelerator, untrained, trained, splits, config.knn_images, config.num_workers)
         results = knn_results(accuracies, config.dataset, splits, config.knn_images, config.seed)
-        log.write_evaluation({"knn_accuracy": accuracies[TRAINED]})
+        log.write_evaluation(lambda: {"knn_accuracy": accuracies[TRAINED]})
         accelerator.print(table(accuracies, min(config.knn_images, eval_source.num_images)))
     if accelerator.is_main_process:
         save_model(trained, run.folder / "model", results)
@@ -182,7 +182,9 @@ def main(config: PretrainConfig) -> None:
             accelerator, extractor, (source, eval_source), size, config.knn_images, config.num_workers
         )
 
-    if train(run, log, stop, evaluate):
+    completed = train(run, log, stop, evaluate)
+    log.bar.close()
+    if completed:
         finish(run, log, eval_source)
     else:
         accelerator.print(f"Stopped at step {run.progress.step}, all saved: the same command continues from there.")
