@@ -85,6 +85,7 @@ class MiclConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Name the backbone's stages, then check every value."""
+        kwargs.pop("stage_names", None)  # stored ones may be those of another depth
         self.stage_names = ["stem"] + [f"stage{layer}" for layer in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
@@ -97,10 +98,8 @@ class MiclConfig(BackboneConfigMixin, PreTrainedConfig):
         """As in the base class, but overrides are checked together with the stored values, as at construction."""
         known = {field.name for field in fields(cls)} | {"out_features", "out_indices"}
         overrides = {name: kwargs.pop(name) for name in sorted(known & kwargs.keys())}
-        if "num_hidden_layers" in overrides:  # the stored stages may not exist any more
-            config_dict = {
-                k: v for k, v in config_dict.items() if k not in ("out_features", "out_indices", "stage_names")
-            }
+        if overrides.keys() & {"num_hidden_layers", "out_features", "out_indices"}:  # the stored stages do not apply
+            config_dict = {k: v for k, v in config_dict.items() if k not in ("out_features", "out_indices")}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @property
@@ -119,6 +118,11 @@ class MiclConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if len(self.stage_names) != self.num_hidden_layers + 1:
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers} was changed after the config was built with the stages "
+                f"{self.stage_names}: build a new config, or pass num_hidden_layers to from_pretrained."
+            )
         self._validate_geometry()
         self._validate_objective()
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):

@@ -77,10 +77,11 @@ def micl_loss(
     targets = torch.arange(batch_size, device=view_embeds.device) + (dist.get_rank() * batch_size if gather else 0)
 
     logits, losses = [], []
-    for query_view, key_view in permutations(range(num_views), 2):
-        scores = view_embeds[:, query_view] @ candidates[:, key_view].T  # (B, G) cosines
-        if similarity == "t-sp":
-            scores = t_sp_similarity(scores, kappa)
-        logits.append(scores / temperature)
-        losses.append(cross_entropy(logits[-1], targets))
+    with torch.autocast(view_embeds.device.type, enabled=False):  # the similarities decide everything
+        for query_view, key_view in permutations(range(num_views), 2):
+            scores = view_embeds[:, query_view] @ candidates[:, key_view].T  # (B, G) cosines
+            if similarity == "t-sp":
+                scores = t_sp_similarity(scores, kappa)
+            logits.append(scores / temperature)
+            losses.append(cross_entropy(logits[-1], targets))
     return torch.stack(losses).mean(), logits[0] if num_views == 2 else torch.stack(logits)

@@ -86,7 +86,7 @@ class MiclEmbeddings(nn.Module):
         self, pixel_values: Tensor, ids_visible: Tensor | None = None, interpolate_pos_encoding: bool = False
     ) -> Tensor:
         """Embed all patches, (B, 1+L, D), or those of the views, (B·V, 1+K, D) with an image's views side by side."""
-        self._check_size(pixel_values, interpolate_pos_encoding)
+        self.check_size(pixel_values, interpolate_pos_encoding)
         positions = self.positions(*pixel_values.shape[2:])
         if ids_visible is None:
             patches = self.patch_embeddings(pixel_values) + positions[:, 1:]
@@ -95,7 +95,7 @@ class MiclEmbeddings(nn.Module):
             ids = ids_visible.flatten(1)  # (B, V·K)
             patches = self._embed_visible(pixel_values, ids) + positions[0, 1:][ids]
             patches = patches.reshape(batch_size * num_views, patches_per_view, -1)
-        cls_tokens = (self.cls_token + positions[:, :1]).expand(len(patches), -1, -1)
+        cls_tokens = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
         tokens: Tensor = self.dropout(torch.cat([cls_tokens, patches], dim=1))
         return tokens
 
@@ -121,7 +121,8 @@ class MiclEmbeddings(nn.Module):
         )
         return torch.cat([self.position_embeddings[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
 
-    def _check_size(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
+    def check_size(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
+        """Raise a ValueError unless these are images (B, C, H, W) that fit the positions."""
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"pixel_values must have shape (batch_size, num_channels={self.config.num_channels}, height, width), "
@@ -157,9 +158,11 @@ class MiclPreTrainedModel(ViTPreTrainedModel):
     _no_split_modules = ["MiclEmbeddings", "MiclLayer"]
     _can_record_outputs = {"hidden_states": MiclLayer, "attentions": ViTAttention}
 
-    def __init__(self, config: MiclConfig, *args: Any, **kwargs: Any) -> None:
-        config.validate_micl()  # the config may have been changed since it was built
-        super().__init__(config, *args, **kwargs)
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside transformers the base class skips every module without parameters of its own, as attention
+        # and the classification model are. Its guard against overwriting loaded weights is not needed:
+        # `transformers.initialization` has the same for each parameter.
+        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -187,6 +190,7 @@ class MiclPreTrainedModel(ViTPreTrainedModel):
             embeddings.position_embeddings,
             sincos_position_embeddings(self.config.hidden_size, *self.config.grid_size),
         )
+        embeddings.position_embeddings.requires_grad_(False)  # loading a checkpoint makes every parameter trainable
         projection = embeddings.patch_embeddings.projection
         fan_in, fan_out = projection.weight[0].numel(), projection.weight.shape[0]
         bound = math.sqrt(6 / (fan_in + fan_out))  # Xavier on the (D, C·p·p) view
@@ -205,6 +209,7 @@ class MiclModel(MiclPreTrainedModel, ViTModel):
             config: its geometry.
             add_final_norm: False leaves out the final LayerNorm, for heads that normalise after pooling.
         """
+        config.validate_micl()  # it may have been changed since it was built
         super(ViTModel, self).__init__(config)  # ViTModel's own __init__ would build stock layers first
         self.embeddings = MiclEmbeddings(config)
         last = max(config.num_hidden_layers - 1, 1)
@@ -294,6 +299,7 @@ class MiclForPreTraining(MiclPreTrainedModel):
             >>> model = MiclForPreTraining(MiclConfig())
             >>> loss = model(torch.randn(8, 3, 224, 224)).loss
         """
+        self.vit.embeddings.check_size(pixel_values, interpolate_pos_encoding)  # before their size decides the views
         if ids_visible is None:
             ids_visible = self.sample_views(pixel_values, noise, generator)
         elif noise is not None:

@@ -1,0 +1,52 @@
+"""Small models that all tests share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from modeling_micl import MiclConfig, MiclPreTrainedModel
+
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+    "mask_ratio": 0.5,
+}  # 16 patches, two views of 4
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., MiclConfig]:
+    """Build a configuration that is cheap to run; keywords replace single values."""
+
+    def build(**overrides: Any) -> MiclConfig:
+        return MiclConfig(**{**TINY, **overrides})
+
+    return build
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., MiclPreTrainedModel]:
+    """Build a small model in evaluation mode, its trainable weights moved off their initial values (no bias is 0)."""
+
+    def build(model_class: type[MiclPreTrainedModel], **overrides: Any) -> MiclPreTrainedModel:
+        torch.manual_seed(0)
+        model = model_class(MiclConfig(**{**TINY, **overrides})).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    """Three images that fit the small models."""
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
