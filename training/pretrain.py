@@ -16,10 +16,20 @@ from modeling_micl.configuration_micl import height_and_width
 from training.config import PretrainConfig, parse_pretrain_config
 from training.data import Batch, TrainingBatches, TrainingOrder, batches
 from training.features import encoder_features, normalize_pixels
+from training.figures import save_curves
 from training.images import random_resized_crop
-from training.log import Logger
+from training.log import Logger, read_metrics
 from training.optim import build_optimizer, set_learning_rate
-from training.results import TRAINED, final_accuracies, knn_accuracies, knn_results, save_figures, save_model, table
+from training.results import (
+    TRAINED,
+    final_accuracies,
+    knn_accuracies,
+    knn_results,
+    save_figures,
+    save_model,
+    table,
+    write_results,
+)
 from training.run import Run, StopRequest, make_plan, resume_run, save_run, summary
 from training.source import ImageSource, available_splits, open_source
 
@@ -147,19 +157,22 @@ def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSou
 
 
 def finish(run: Run, log: Logger, eval_source: ImageSource | None) -> None:
-    """Evaluate, then write the portable model, its eval.json and the figures, and print the table."""
+    """Write the portable model, evaluate it, write its eval.json and the figures, and print the table."""
     config, accelerator = run.config, run.accelerator
     untrained, trained = untrained_model(config).to(accelerator.device), run.unwrapped()
-    results = []
+    if accelerator.is_main_process:
+        save_model(trained, run.folder / "model")
+        save_figures(run.folder, untrained, trained, eval_source or run.source)
     if eval_source:
         splits = (run.source, eval_source)
         accuracies = final_accuracies(accelerator, untrained, trained, splits, config.knn_images, config.num_workers)
+        log.write_evaluation(lambda: {"knn_accuracy": accuracies[TRAINED]} if accuracies else {})
         results = knn_results(accuracies, config.dataset, splits, config.knn_images, config.seed)
-        log.write_evaluation(lambda: {"knn_accuracy": accuracies[TRAINED]})
+        if accelerator.is_main_process:
+            write_results(run.folder / "model", results)
         accelerator.print(table(accuracies, min(config.knn_images, eval_source.num_images)))
     if accelerator.is_main_process:
-        save_model(trained, run.folder / "model", results)
-        save_figures(run.folder, untrained, trained, eval_source or run.source)
+        save_curves(run.folder / "figures" / "curves.png", read_metrics(run.folder / "metrics.jsonl"))
     accelerator.print(f"model: {run.folder / 'model'}, figures: {run.folder / 'figures'}")
     accelerator.end_training()
 

@@ -17,9 +17,8 @@ from modeling_micl.configuration_micl import height_and_width
 from training.checkpoint import replace_folder
 from training.data import Batch, EvaluationImages, batches
 from training.features import BASELINES, Extractor, encoder_features, extract_features, knn_accuracy, normalize_pixels
-from training.figures import save_curves, save_similarities, save_views
+from training.figures import save_similarities, save_views
 from training.images import central_crop
-from training.log import read_metrics
 from training.monitor import provenance
 from training.source import ImageSource
 
@@ -49,14 +48,21 @@ def image_processor(config: MiclConfig) -> ViTImageProcessor:
     )
 
 
-def save_model(model: PreTrainedModel, folder: Path, results: list[dict[str, Any]]) -> None:
-    """Write the portable folder in one move: config, weights, image processor and eval.json."""
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write the portable folder in one move: config, weights, image processor and an eval.json without results."""
     unfinished = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     image_processor(model.config).save_pretrained(unfinished)
-    (unfinished / "eval.json").write_text(json.dumps({"results": results} | provenance(), indent=2) + "\n")
+    write_results(unfinished, [])
     replace_folder(unfinished, folder)
+
+
+def write_results(folder: Path, results: list[dict[str, Any]]) -> None:
+    """Write a portable folder's eval.json: the results, and the hardware and library versions they come from."""
+    unfinished = folder / ".tmp-eval.json"
+    unfinished.write_text(json.dumps({"results": results} | provenance(), indent=2) + "\n")
+    unfinished.replace(folder / "eval.json")
 
 
 def knn_accuracies(
@@ -67,8 +73,13 @@ def knn_accuracies(
     max_images: int,
     num_workers: int,
 ) -> dict[str, float]:
-    """Top-1 accuracy in [0, 1] of each extractor's features: the first split votes, the second is classified."""
+    """Top-1 accuracy in [0, 1] of each extractor's features: the first split votes, the second is classified.
+
+    Empty if one of the splits has no labels.
+    """
     train, test = (extract_features(accelerator, split, extractors, size, max_images, num_workers) for split in splits)
+    if not len(train.labels) or not len(test.labels):
+        return {}
     return {
         name: knn_accuracy(train.features[name], train.labels, test.features[name], test.labels) for name in extractors
     }
@@ -117,6 +128,8 @@ def knn_results(
 
 def table(accuracies: dict[str, float], num_test_images: int) -> str:
     """A table for people."""
+    if not accuracies:
+        return "no kNN accuracy: the images have no labels"
     width = max(map(len, accuracies))
     lines = [f"kNN accuracy on {num_test_images} test images (top-1, k = 20)"]
     return "\n".join(lines + [f"  {name:<{width}}  {accuracy:6.1%}" for name, accuracy in accuracies.items()])
@@ -126,7 +139,7 @@ def table(accuracies: dict[str, float], num_test_images: int) -> str:
 def save_figures(
     folder: Path, untrained: MiclForPreTraining, trained: MiclForPreTraining, source: ImageSource
 ) -> None:
-    """Write views.png and similarity.png of a few images, and curves.png of metrics.jsonl, to `folder/figures`."""
+    """Write views.png and similarity.png of a few images to `folder/figures`."""
     config = trained.config
     images = EvaluationImages(source, central_crop(height_and_width(config.image_size)), SIMILARITY_IMAGES)
     batch: Batch = next(batches(images, num_workers=0))
@@ -139,4 +152,3 @@ def save_figures(
     figures = folder / "figures"
     save_views(figures / "views.png", batch.pixels[:FIGURE_ROWS], ids_visible[:FIGURE_ROWS].cpu(), patch_size)
     save_similarities(figures / "similarity.png", *(each.float().cpu() for each in embeds))
-    save_curves(figures / "curves.png", read_metrics(folder / "metrics.jsonl"))
