@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers.utils.generic import maybe_autocast
 
 
 def t_sp_similarity(cosine: Tensor, kappa: float = 1 / 64) -> Tensor:
@@ -77,7 +78,7 @@ def micl_loss(
     targets = torch.arange(batch_size, device=view_embeds.device) + (dist.get_rank() * batch_size if gather else 0)
 
     logits, losses = [], []
-    with torch.autocast(view_embeds.device.type, enabled=False):  # the similarities decide everything
+    with maybe_autocast(view_embeds.device.type, enabled=False):  # the similarities decide everything
         for query_view, key_view in permutations(range(num_views), 2):
             scores = view_embeds[:, query_view] @ candidates[:, key_view].T  # (B, G) cosines
             if similarity == "t-sp":

@@ -55,7 +55,8 @@ def sample_views(
     """
     patches_per_view = visible_patches_per_view(num_patches, mask_ratio, num_views)
     if noise is None:
-        noise = torch.rand(batch_size, num_patches, generator=generator, device=device)
+        # Not torch.rand, which refuses symbolic sizes (torch.compile, export) when given a generator, even None.
+        noise = torch.empty(batch_size, num_patches, device=device).uniform_(generator=generator)
     elif noise.shape != (batch_size, num_patches):
         raise ValueError(
             f"noise must have shape (batch_size, num_patches) = {(batch_size, num_patches)}, got {tuple(noise.shape)}."

@@ -24,7 +24,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTPatchEmbeddings, ViTPreTrainedModel
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_micl import MiclConfig, height_and_width
@@ -68,6 +69,16 @@ def sincos_position_embeddings(hidden_size: int, height: int, width: int) -> Ten
     return torch.cat([torch.zeros(1, hidden_size), table.float()])[None]
 
 
+class PatchProjection(nn.Conv2d):
+    """The stock projection of all patches of an image, which can also project patches that were cut out before."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Images (B, C, H, W) → (B, D, h, w) as in the base class; patches (B, N, C, p, p) → (B, N, D)."""
+        if pixels.ndim == 4:
+            return super().forward(pixels)
+        return nn.functional.linear(pixels.flatten(2), self.weight.flatten(1), self.bias)
+
+
 class MiclEmbeddings(nn.Module):
     """[CLS] and patch tokens with their fixed positions: all patches, or only those that a view sees."""
 
@@ -76,6 +87,10 @@ class MiclEmbeddings(nn.Module):
         self.config = config
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.patch_embeddings = ViTPatchEmbeddings(config)
+        patch_size = height_and_width(config.patch_size)
+        self.patch_embeddings.projection = PatchProjection(
+            config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size
+        )
         # A frozen parameter rather than a buffer: stock ViT has its learned positions in this place.
         self.position_embeddings = nn.Parameter(
             torch.empty(1, 1 + config.num_patches, config.hidden_size), requires_grad=False
@@ -105,10 +120,10 @@ class MiclEmbeddings(nn.Module):
         height, width = (pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width)
         grid = pixel_values[:, :, : height * patch_height, : width * patch_width]
         grid = grid.unflatten(3, (width, patch_width)).unflatten(2, (height, patch_height))
-        images = torch.arange(len(ids), device=ids.device)[:, None]
+        images = torch.arange(ids.shape[0], device=ids.device)[:, None]
         pixels = grid[images, :, ids // width, :, ids % width]  # (B, N, C, patch height, patch width)
-        projection = self.patch_embeddings.projection
-        return nn.functional.linear(pixels.flatten(2), projection.weight.flatten(1), projection.bias)
+        embedded: Tensor = self.patch_embeddings.projection(pixels)
+        return embedded
 
     def positions(self, height: int, width: int) -> Tensor:
         """Position table for images of height × width pixels, bicubic from the stored one where the size differs."""
@@ -228,7 +243,7 @@ class MiclModel(MiclPreTrainedModel, ViTModel):
         pixel_values: Tensor,
         ids_visible: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
@@ -251,7 +266,7 @@ class MiclModel(MiclPreTrainedModel, ViTModel):
                 f"pixel_values must be floating point and normalised, got {pixel_values.dtype}: "
                 "use the image processor, or divide by 255 and normalise with its mean and std."
             )
-        if ids_visible is not None and (ids_visible.ndim != 3 or len(ids_visible) != len(pixel_values)):
+        if ids_visible is not None and (ids_visible.ndim != 3 or ids_visible.shape[0] != pixel_values.shape[0]):
             raise ValueError(
                 "ids_visible must have shape (batch_size, num_views, patches_per_view) with batch_size="
                 f"{len(pixel_values)}, got {tuple(ids_visible.shape)}."
@@ -280,7 +295,7 @@ class MiclForPreTraining(MiclPreTrainedModel):
         ids_visible: Tensor | None = None,
         generator: torch.Generator | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MiclForPreTrainingOutput:
         """Draw the views of every image, embed them, and contrast them in the batch.
 
@@ -309,7 +324,7 @@ class MiclForPreTraining(MiclPreTrainedModel):
         outputs = self.vit(pixel_values, ids_visible, interpolate_pos_encoding, **kwargs)
 
         # The similarities decide everything: in full precision even under autocast or with half-precision weights.
-        with torch.autocast(pixel_values.device.type, enabled=False):
+        with maybe_autocast(pixel_values.device.type, enabled=False):
             cls = outputs.pooler_output
             cls = cls.float() if cls.dtype in (torch.float16, torch.bfloat16) else cls
             view_embeds = (cls / cls.norm(dim=-1, keepdim=True)).unflatten(0, ids_visible.shape[:2])  # (B, V, D)
@@ -336,7 +351,7 @@ class MiclForPreTraining(MiclPreTrainedModel):
         patch_height, patch_width = height_and_width(self.config.patch_size)
         num_patches = (pixel_values.shape[-2] // patch_height) * (pixel_values.shape[-1] // patch_width)
         return sample_views(
-            len(pixel_values),
+            pixel_values.shape[0],
             num_patches,
             self.config.mask_ratio,
             self.config.num_views,
@@ -350,7 +365,7 @@ class MiclForImageClassification(MiclPreTrainedModel):
     """Encoder with a linear head on the patches' mean after a fresh LayerNorm, or on [CLS] (`classifier_pooling`)."""
 
     # With mean pooling the encoder's final norm gives way to the fresh one, as in MAE's fine-tuning.
-    _keys_to_ignore_on_load_unexpected = [r"vit\.layernorm\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(vit\.)?layernorm\."]
 
     def __init__(self, config: MiclConfig) -> None:
         super().__init__(config)
@@ -367,7 +382,7 @@ class MiclForImageClassification(MiclPreTrainedModel):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """Classify images.
 
@@ -396,7 +411,7 @@ class MiclBackbone(BackboneMixin, MiclModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         """Feature maps of whole images.
 
         Args:
