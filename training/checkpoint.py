@@ -43,16 +43,34 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: di
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         _synchronise_folder(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        for old in [path for path in _by_step(folder) if _step(path) <= step][:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
 
 
+def set_aside_later(folder: Path, step: int) -> Path | None:
+    """Keep what an earlier run left, where going back behind it would mix the two; returns where it is now.
+
+    Args:
+        folder: of all checkpoints; `metrics.jsonl` is expected beside it.
+        step: where the new run begins.
+    """
+    if not folder.is_dir() or all(_step(path) <= step for path in _by_step(folder)):
+        return None
+    number = 1 + len(list(folder.parent.glob("before-*")))
+    kept = folder.parent / f"before-{number}"
+    kept.mkdir()
+    if (folder.parent / "metrics.jsonl").exists():
+        shutil.copy(folder.parent / "metrics.jsonl", kept)
+    folder.rename(kept / folder.name)
+    return kept
+
+
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint in a folder, None if there is none, and why each newer one was refused."""
     refused: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(_by_step(folder)):
         defect = find_defect(path)
         if defect is None:
             return path, refused
@@ -95,6 +113,14 @@ def replace_folder(new: Path, final: Path) -> None:
     new.rename(final)
     _synchronise_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _digest(path: Path) -> str:

@@ -188,9 +188,9 @@ def parse_pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
 def _recipe_flags(path: str) -> list[str]:
     """A YAML recipe as flags, so that the parser checks its types, too (YAML takes 5e-5 for a string)."""
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
+        recipe = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # strings: `no` may be a word
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read --config {path}: {error}") from error
+        raise ValueError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path} must hold 'key: value' lines")
     known = {f.name for f in fields(PretrainConfig)}
@@ -198,8 +198,9 @@ def _recipe_flags(path: str) -> list[str]:
     for key, value in recipe.items():
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {path}{_nearest(str(key))}")
-        if value is not None:
-            flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+        several = isinstance(value, list) and isinstance(getattr(PretrainConfig(), key), list)
+        if value not in ("", "~", "null"):
+            flags += [f"--{key}", *value] if several else [f"--{key}={value}"]
     return flags
 
 

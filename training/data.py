@@ -5,6 +5,7 @@ processes nor that of workers changes it: they only share out the places of each
 """
 
 import signal
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -113,12 +114,13 @@ class TrainingOrder:
     def _lane(self, epoch: int, lane: int, start: int) -> Iterator[Draw]:
         """Rows of one lane in shuffled order, from number `start` on."""
         begin, end = (edge * self.source.num_images // self.num_lanes for edge in (lane, lane + 1))
-        first_window, place = divmod(start, self.window)
-        rows = self._rows_of_shuffled_shards(epoch, begin + first_window * self.window, end)
-        for window in count(first_window):
-            block = list(islice(rows, self.window))
-            if not block:
-                return
+        windows = -(-(end - begin) // self.window)  # of equal size: in a small one a broken image could be alone
+        edges = [number * (end - begin) // windows for number in range(windows + 1)]
+        first_window = bisect_right(edges, start) - 1
+        place = start - edges[first_window]
+        rows = self._rows_of_shuffled_shards(epoch, begin + edges[first_window], end)
+        for window in range(first_window, windows):
+            block = list(islice(rows, edges[window + 1] - edges[window]))
             order = np.random.default_rng((self.seed, epoch, lane, window)).permutation(len(block))
             draw = partial(_draw_from_window, [block[i] for i in order])
             yield from (partial(draw, p) for p in range(place, len(block)))
@@ -128,8 +130,10 @@ class TrainingOrder:
         """Numbers and rows begin ≤ i < end of the shards, laid one behind the other in the epoch's order."""
         lengths = self.source.lengths
         number_of_first = np.cumsum([0, *lengths])
-        position = 0
-        for shard in np.random.default_rng((self.seed, epoch)).permutation(len(lengths)):
+        rng = np.random.default_rng((self.seed, epoch))
+        shards = rng.permutation(len(lengths))
+        position = -int(rng.integers(sum(lengths)))  # begin anywhere and go round, so that no row is always the last
+        for shard in [*shards, *shards]:
             start, stop = max(begin - position, 0), min(end - position, lengths[shard])
             if start < stop:
                 yield from enumerate(self.source.read(int(shard), start, stop), int(number_of_first[shard]) + start)

@@ -28,10 +28,11 @@ def save_views(path: Path, pixels: Tensor, ids_visible: Tensor, patch_size: tupl
     columns = num_views + 2
     figure, axes = plt.subplots(len(images), columns, figsize=(1.5 * columns, 1.5 * len(images) + 0.3), squeeze=False)
     for row, image, views in zip(axes, images, ids_visible, strict=True):
-        row[0].imshow(image)
+        row[0].imshow(image.numpy())
         for axis, view in zip(row[1:], views, strict=False):
-            axis.imshow(_only_patches(image, view, patch_size))
-        row[-1].imshow(image - _only_patches(image, views.flatten(), patch_size) + MASKED_GRAY)
+            axis.imshow(_only_patches(image, view, patch_size).numpy())
+        in_no_view = image - _only_patches(image, views.flatten(), patch_size) + MASKED_GRAY
+        row[-1].imshow(in_no_view.numpy())
         axes_off(row)
     for axis, title in zip(
         axes[0], ["image", *(f"view {v + 1}" for v in range(num_views)), "in no view"], strict=True
@@ -72,7 +73,7 @@ def save_similarities(path: Path, before: Tensor, after: Tensor) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 5))
     for axis, embeds, title in zip(axes, (before, after), ("before training", "after training"), strict=True):
         cosines = embeds[:, 0] @ embeds[:, 1].T
-        shown = axis.imshow(cosines, cmap="magma")
+        shown = axis.imshow(cosines.numpy(), cmap="magma")
         found = (cosines.argmax(dim=1) == torch.arange(len(cosines))).float().mean()
         axis.set_title(f"{title}: {found:.0%} of the views 1 find their image", fontsize=10)
         axis.set_xlabel("view 2 of image")

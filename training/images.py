@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 Pixels = NDArray[np.uint8]
@@ -27,7 +27,10 @@ def decode_rgb(stored: dict[str, Any] | None) -> Image.Image:
         raise ValueError("the row holds no image")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # EXIF oddities and large images are no news; bombs still raise
-        image: Image.Image = Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
+        try:
+            image: Image.Image = Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
+        except UnidentifiedImageError:
+            raise ValueError("not in any known image format") from None
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
@@ -79,16 +82,17 @@ def random_crop_box(width: int, height: int, min_scale: float, rng: np.random.Ge
 
 
 def central_crop(size: tuple[int, int]) -> Transform:
-    """The evaluation transform: the largest central box of the result's aspect, resized bicubic; nothing random.
+    """The evaluation transform, as `training.results.image_processor`: the largest central square, resized bicubic.
 
-    From 64 pixels upwards the box is 7/8 of that, which is the usual resize to 256 and crop of 224.
+    Above 64 pixels the square is 7/8 of that, which is the usual resize to 256 and crop of 224. A result that is not
+    square gets the whole image.
     """
     height, width = size
 
     def transform(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        if image.size == (width, height):
-            return image
-        share = 224 / 256 if min(size) > 64 else 1.0
+        if height != width:
+            return image.resize((width, height), Image.Resampling.BICUBIC)
+        share = 224 / 256 if height > 64 else 1.0
         scale = share * min(image.width / width, image.height / height)
         left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
         box = (left, top, left + scale * width, top + scale * height)

@@ -59,7 +59,9 @@ class MetricsLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        unfinished = path.with_name(f".tmp-{path.name}")
+        unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        unfinished.replace(path)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry; it must have a step."""

@@ -43,7 +43,7 @@ def effective_rank(embeds: Tensor) -> Tensor:
     """Exponential of the entropy of the normalised singular values of (n, D) embeddings around their mean."""
     centred = embeds - embeds.mean(dim=0)
     gram = centred @ centred.T if len(embeds) < embeds.shape[1] else centred.T @ centred
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    singular = torch.linalg.eigvalsh(gram.nan_to_num()).clamp(min=0).sqrt()
     shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
     rank: Tensor = torch.special.entr(shares).sum().exp()
     return rank

@@ -29,6 +29,8 @@ PHOTOS = {
     "retina": "retina.jpg",
     "rocket": "rocket.jpg",
 }
+# Vertical strips of each photograph, as shares of its width. They alternate, so that both splits show the subject.
+STRIPS = {"train": [(0.0, 0.3), (0.5, 0.8)], "test": [(0.3, 0.5), (0.8, 1.0)]}
 CROP_PIXELS = 64
 SHARDS = {"train": 8, "test": 2}
 CROPS_PER_PHOTO = {"train": 512, "test": 128}
@@ -38,10 +40,9 @@ SEED = 0
 def photo_crops() -> Path:
     """Folder with the crops as Parquet shards in Hub layout; made on first use, in about ten seconds.
 
-    A crop's label is its photograph. The left 70 % of each photograph give the train crops and the right 30 % the test
-    crops, so no pixel is in both.
+    A crop's label is its photograph. Train and test crops come from different strips of it: no pixel is in both.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"micl-photos-{CROP_PIXELS}px-v1"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"micl-photos-{CROP_PIXELS}px-v2"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
@@ -56,28 +57,27 @@ def photo_crops() -> Path:
 
 def _write_split(split: str, folder: Path) -> None:
     rng = np.random.default_rng((SEED, list(SHARDS).index(split)))
-    photos = [_region(split, Image.open(Path(skimage.data.__file__).parent / file)) for file in PHOTOS.values()]
+    photos = [_strips(split, Image.open(Path(skimage.data.__file__).parent / file)) for file in PHOTOS.values()]
     labels = rng.permutation(np.repeat(np.arange(len(photos)), CROPS_PER_PHOTO[split]))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(PHOTOS))})
     crops = datasets.Dataset.from_dict(
         {"image": [{"bytes": _crop(photos[label], rng), "path": None} for label in labels], "label": labels},
         features=features,
     )
-    datasets.disable_progress_bars()
     for index in range(SHARDS[split]):
         shard = crops.shard(SHARDS[split], index, contiguous=True)
         shard.to_parquet(folder / f"{split}-{index:05d}-of-{SHARDS[split]:05d}.parquet")
-    datasets.enable_progress_bars()
 
 
-def _region(split: str, photo: Image.Image) -> Image.Image:
+def _strips(split: str, photo: Image.Image) -> list[Image.Image]:
     photo = photo.convert("RGB")
-    border = int(0.7 * photo.width)
-    return photo.crop((0, 0, border, photo.height) if split == "train" else (border, 0, photo.width, photo.height))
+    edges = [(int(left * photo.width), int(right * photo.width)) for left, right in STRIPS[split]]
+    return [photo.crop((left, 0, right, photo.height)) for left, right in edges]
 
 
-def _crop(photo: Image.Image, rng: np.random.Generator) -> bytes:
-    """A random square, from one to two thumbnails wide, as JPEG."""
+def _crop(strips: list[Image.Image], rng: np.random.Generator) -> bytes:
+    """A random square of one of the strips, from one to two thumbnails wide, as JPEG."""
+    photo = strips[rng.integers(len(strips))]
     side = int(rng.integers(CROP_PIXELS, min(2 * CROP_PIXELS, *photo.size) + 1))
     left, top = rng.integers(photo.width - side + 1), rng.integers(photo.height - side + 1)
     box = (int(left), int(top), int(left) + side, int(top) + side)

@@ -22,9 +22,9 @@ from training.log import Logger, read_metrics
 from training.optim import build_optimizer, set_learning_rate
 from training.results import (
     TRAINED,
-    final_accuracies,
-    knn_accuracies,
+    final_scores,
     knn_results,
+    knn_scores,
     save_figures,
     save_model,
     table,
@@ -136,7 +136,7 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.trackers(),
+        log_with=config.trackers() or None,
         project_dir=config.output_dir,
     )
 
@@ -146,7 +146,7 @@ def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSou
     plan = make_plan(config, source.num_images, accelerator.num_processes)
     model = untrained_model(config)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = build_optimizer(model, config.weight_decay, (config.adam_beta1, config.adam_beta2))
     run = Run(config, accelerator, source, plan, *accelerator.prepare(model, optimizer))
     resume_run(run)
@@ -165,12 +165,11 @@ def finish(run: Run, log: Logger, eval_source: ImageSource | None) -> None:
         save_figures(run.folder, untrained, trained, eval_source or run.source)
     if eval_source:
         splits = (run.source, eval_source)
-        accuracies = final_accuracies(accelerator, untrained, trained, splits, config.knn_images, config.num_workers)
-        log.write_evaluation(lambda: {"knn_accuracy": accuracies[TRAINED]} if accuracies else {})
-        results = knn_results(accuracies, config.dataset, splits, config.knn_images, config.seed)
+        scores = final_scores(accelerator, untrained, trained, splits, config.knn_images, config.num_workers)
+        log.write_evaluation(lambda: {"knn_accuracy": scores.accuracies[TRAINED]} if scores.accuracies else {})
         if accelerator.is_main_process:
-            write_results(run.folder / "model", results)
-        accelerator.print(table(accuracies, min(config.knn_images, eval_source.num_images)))
+            write_results(run.folder / "model", knn_results(scores, config.dataset, splits, config.seed))
+        accelerator.print(table(scores))
     if accelerator.is_main_process:
         save_curves(run.folder / "figures" / "curves.png", read_metrics(run.folder / "metrics.jsonl"))
     accelerator.print(f"model: {run.folder / 'model'}, figures: {run.folder / 'figures'}")
@@ -191,12 +190,13 @@ def main(config: PretrainConfig) -> None:
             return {}
         extractor = {"knn_accuracy": encoder_features(run.unwrapped().vit.eval(), accelerator)}
         size = height_and_width(run.unwrapped().config.image_size)
-        return knn_accuracies(
-            accelerator, extractor, (source, eval_source), size, config.knn_images, config.num_workers
-        )
+        splits = (source, eval_source)
+        return knn_scores(accelerator, extractor, splits, size, config.knn_images, config.num_workers).accuracies
 
-    completed = train(run, log, stop, evaluate)
-    log.bar.close()
+    try:
+        completed = train(run, log, stop, evaluate)
+    finally:
+        log.bar.close()
     if completed:
         finish(run, log, eval_source)
     else:

@@ -4,11 +4,13 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.nn.functional import normalize
 from transformers import PreTrainedModel, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
@@ -32,13 +34,14 @@ SIMILARITY_IMAGES = 64
 def image_processor(config: MiclConfig) -> ViTImageProcessor:
     """The evaluation transform as an image processor: bicubic, ImageNet's mean and standard deviation.
 
-    Square images above 64 pixels are resized by their shorter side and cropped at 7/8 of it (256 → 224), others are
-    resized to the model's size.
+    For a square model images are resized by their shorter side and cropped, above 64 pixels at 7/8 of it (256 → 224);
+    for others the whole image is resized.
     """
     height, width = height_and_width(config.image_size)
-    crop = height == width > 64
+    crop = height == width
+    shorter = round(height * 256 / 224) if height > 64 else height
     return ViTImageProcessor(
-        size={"shortest_edge": round(height * 256 / 224)} if crop else {"height": height, "width": width},
+        size={"shortest_edge": shorter} if crop else {"height": height, "width": width},
         do_center_crop=crop,
         crop_size={"height": height, "width": width},
         resample=PILImageResampling.BICUBIC,
@@ -65,45 +68,55 @@ def write_results(folder: Path, results: list[dict[str, Any]]) -> None:
     unfinished.replace(folder / "eval.json")
 
 
-def knn_accuracies(
+@dataclass
+class KnnScores:
+    """Top-1 accuracies in [0, 1] by the features' name, and the labelled images they come from."""
+
+    accuracies: dict[str, float]
+    num_train_images: int
+    num_test_images: int
+
+
+def knn_scores(
     accelerator: Accelerator,
     extractors: dict[str, Extractor],
     splits: tuple[ImageSource, ImageSource],
     size: tuple[int, int],
     max_images: int,
     num_workers: int,
-) -> dict[str, float]:
-    """Top-1 accuracy in [0, 1] of each extractor's features: the first split votes, the second is classified.
+) -> KnnScores:
+    """Judge each extractor's features: the first split votes, the second is classified.
 
-    Empty if one of the splits has no labels.
+    There are no accuracies if one of the splits has no labels.
     """
     train, test = (extract_features(accelerator, split, extractors, size, max_images, num_workers) for split in splits)
-    if not len(train.labels) or not len(test.labels):
-        return {}
-    return {
-        name: knn_accuracy(train.features[name], train.labels, test.features[name], test.labels) for name in extractors
+    accuracies = {
+        name: knn_accuracy(train.features[name], train.labels, test.features[name], test.labels)
+        for name in extractors
+        if len(train.labels) and len(test.labels)
     }
+    return KnnScores(accuracies, len(train.labels), len(test.labels))
 
 
-def final_accuracies(
+def final_scores(
     accelerator: Accelerator,
     untrained: MiclForPreTraining,
     trained: MiclForPreTraining,
     splits: tuple[ImageSource, ImageSource],
     max_images: int,
     num_workers: int,
-) -> dict[str, float]:
-    """KNN accuracy of features that learn nothing, and of the encoder before and after training."""
+) -> KnnScores:
+    """Judge features that learn nothing, and of the encoder before and after training."""
     extractors = BASELINES | {
         "encoder before training": encoder_features(untrained.vit.eval(), accelerator),
         TRAINED: encoder_features(trained.vit.eval(), accelerator),
     }
     size = height_and_width(trained.config.image_size)
-    return knn_accuracies(accelerator, extractors, splits, size, max_images, num_workers)
+    return knn_scores(accelerator, extractors, splits, size, max_images, num_workers)
 
 
 def knn_results(
-    accuracies: dict[str, float], dataset: str, splits: tuple[ImageSource, ImageSource], max_images: int, seed: int
+    scores: KnnScores, dataset: str, splits: tuple[ImageSource, ImageSource], seed: int
 ) -> list[dict[str, Any]]:
     """Entries of eval.json, each with all that is needed to repeat and to judge it."""
     train, test = splits
@@ -115,24 +128,24 @@ def knn_results(
             "metric": "top-1 accuracy",
             "value": accuracy,
             "dataset": dataset,
-            "num_train_images": min(max_images, train.num_images),
-            "num_test_images": min(max_images, test.num_images),
+            "num_train_images": scores.num_train_images,
+            "num_test_images": scores.num_test_images,
             "train_fingerprint": train.fingerprint,
             "test_fingerprint": test.fingerprint,
             "seed": seed,
             "command": shlex.join(["python", "-m", "training.pretrain", *sys.argv[1:]]),
         }
-        for name, accuracy in accuracies.items()
+        for name, accuracy in scores.accuracies.items()
     ]
 
 
-def table(accuracies: dict[str, float], num_test_images: int) -> str:
+def table(scores: KnnScores) -> str:
     """A table for people."""
-    if not accuracies:
+    if not scores.accuracies:
         return "no kNN accuracy: the images have no labels"
-    width = max(map(len, accuracies))
-    lines = [f"kNN accuracy on {num_test_images} test images (top-1, k = 20)"]
-    return "\n".join(lines + [f"  {name:<{width}}  {accuracy:6.1%}" for name, accuracy in accuracies.items()])
+    width = max(map(len, scores.accuracies))
+    lines = [f"kNN accuracy on {scores.num_test_images} test images (top-1, k = 20)"]
+    return "\n".join(lines + [f"  {name:<{width}}  {accuracy:6.1%}" for name, accuracy in scores.accuracies.items()])
 
 
 @torch.no_grad()
@@ -147,8 +160,10 @@ def save_figures(
     ids_visible = trained.sample_views(
         normalize_pixels(pixels), generator=torch.Generator(trained.device).manual_seed(0)
     )
-    embeds = [m.eval()(normalize_pixels(pixels), ids_visible=ids_visible).view_embeds for m in (untrained, trained)]
+    # The encoder alone: with global negatives the loss would wait for the other processes.
+    cls = [m.vit.eval()(normalize_pixels(pixels), ids_visible).pooler_output for m in (untrained, trained)]
+    embeds = [normalize(each.float(), dim=-1).unflatten(0, ids_visible.shape[:2]) for each in cls]
     patch_size = height_and_width(config.patch_size)
     figures = folder / "figures"
     save_views(figures / "views.png", batch.pixels[:FIGURE_ROWS], ids_visible[:FIGURE_ROWS].cpu(), patch_size)
-    save_similarities(figures / "similarity.png", *(each.float().cpu() for each in embeds))
+    save_similarities(figures / "similarity.png", *(each.cpu() for each in embeds))

@@ -9,7 +9,14 @@ import torch
 from accelerate import Accelerator
 
 from modeling_micl import MiclForPreTraining, visible_patches_per_view
-from training.checkpoint import find_defect, load_checkpoint, newest_checkpoint, read_state, save_checkpoint
+from training.checkpoint import (
+    find_defect,
+    load_checkpoint,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+    set_aside_later,
+)
 from training.config import PretrainConfig
 from training.monitor import gigaflop_per_image
 from training.optim import learning_rate, scaled_learning_rate
@@ -46,6 +53,11 @@ def make_plan(config: PretrainConfig, num_images: int, processes: int) -> Plan:
     forwards_per_epoch = num_images // forward_images
     images_per_step = forward_images * config.gradient_accumulation_steps
     total_steps = config.epochs * forwards_per_epoch // config.gradient_accumulation_steps
+    if total_steps < 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} are more than the "
+            f"{config.epochs * forwards_per_epoch} forward passes of all epochs: lower it, or train for more epochs."
+        )
     return Plan(
         forward_images=forward_images,
         contrasted_images=contrasted_images,
@@ -146,17 +158,25 @@ def resume_run(run: Run) -> None:
     Raises:
         ValueError: if that run had other settings, naming the keys that differ.
     """
+    folder = run.folder / "checkpoints"
     checkpoint: Path | None = None
     if run.config.resume == "auto":
-        checkpoint, refused = newest_checkpoint(run.folder / "checkpoints")
+        checkpoint, refused = newest_checkpoint(folder)
         for reason in refused:
             run.accelerator.print(f"not resuming from {reason}")
     elif run.config.resume != "none":
         checkpoint = Path(run.config.resume)
         if defect := find_defect(checkpoint):
             raise ValueError(f"--resume {checkpoint}: {defect}")
-    if checkpoint is None:
-        return
+    if checkpoint is not None:
+        _restore(run, checkpoint)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process and (kept := set_aside_later(folder, run.progress.step)):
+        run.accelerator.print(f"checkpoints of an earlier run are kept in {kept}")
+    run.accelerator.wait_for_everyone()
+
+
+def _restore(run: Run, checkpoint: Path) -> None:
     state = read_state(checkpoint)
     now: dict[str, Any] = {
         **run.config.to_dict(),

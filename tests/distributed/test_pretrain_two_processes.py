@@ -1,0 +1,136 @@
+"""The command on two processes: with global negatives it learns what one process learns from the whole batch."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parents[2]
+STEPS = 10
+UNEVEN = [3, 25, 0, 14, 70]  # 112 images: seven batches of sixteen
+
+pytestmark = pytest.mark.slow
+
+
+def write_shards(folder: Path, split: str, lengths: list[int]) -> None:
+    rng = np.random.default_rng(len(lengths))
+    folder.mkdir(exist_ok=True)
+    for number, length in enumerate(lengths):
+        images = []
+        for _ in range(length):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((16, 16)).save(buffer, "PNG")
+            images.append({"bytes": buffer.getvalue(), "path": None})
+        columns = {"image": images, "label": rng.integers(0, 3, length)}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
+        path = folder / f"{split}-{number:05d}-of-{len(lengths):05d}.parquet"
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+
+
+@dataclass
+class Finished:
+    """A command that has come to its end."""
+
+    folder: Path
+    status: int
+    printed: str
+    complaints: str
+
+    def column(self, name: str) -> list[float]:
+        """A metric of all steps."""
+        entries = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [entry[name] for entry in entries if "loss" in entry]
+
+    def results(self) -> dict[str, Any]:
+        """The values in eval.json, by features."""
+        results = json.loads((self.folder / "model" / "eval.json").read_text())["results"]
+        return {result["features"]: result["value"] for result in results}
+
+
+def train(folder: Path, name: str, processes: int, negatives: str) -> Finished:
+    """Run the command on processes that share a batch of sixteen."""
+    settings = {
+        **{"dataset": folder / "data", "output_dir": folder / name, "image_size": 16, "patch_size": 4},
+        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mask_ratio": 0.5},
+        **{"per_device_batch_size": 16 // processes, "epochs": 3, "warmup_epochs": 1, "base_lr": 0.05},
+        **{"max_steps": STEPS, "mixed_precision": "no", "logging_steps": 1, "report_to": "none"},
+        **{"num_workers": 0, "shuffle_window": 8, "negatives": negatives, "knn_images": 50},
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "training.pretrain"]
+    command += [f"--{setting}={value}" for setting, value in settings.items()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "home")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return Finished(folder / name, done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """A run of one process, and runs of two with either kind of negatives."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_shards(folder / "data", "train", UNEVEN)
+    write_shards(folder / "data", "test", [31])
+    return {
+        "one": train(folder, "one", 1, "global"),
+        "global": train(folder, "global", 2, "global"),
+        "local": train(folder, "local", 2, "local"),
+    }
+
+
+@pytest.mark.parametrize("name", ["one", "global", "local"])
+def test_the_command_comes_to_its_end(name: str, runs: dict[str, Finished]) -> None:
+    assert runs[name].status == 0, runs[name].complaints[-5000:]
+    assert f"on {1 if name == 'one' else 2} processes" in runs[name].printed
+    assert runs[name].printed.count("kNN accuracy on") == 1
+    names = {path.name for path in runs[name].folder.iterdir()}
+    assert names == {"checkpoints", "metrics.jsonl", "model", "figures"}
+
+
+def test_global_negatives_on_two_processes_learn_what_one_process_does(runs: dict[str, Finished]) -> None:
+    one, several = runs["one"], runs["global"]
+    for name in ("loss", "grad_norm"):
+        assert several.column(name) == pytest.approx(one.column(name), rel=1e-5)
+    for name in ("step", "epoch", "learning_rate", "contrastive_accuracy", "broken_images"):
+        assert several.column(name) == pytest.approx(one.column(name))
+    last = f"checkpoints/step-{STEPS:06d}/model.safetensors"
+    some, others = load_file(one.folder / last), load_file(several.folder / last)
+    assert some.keys() == others.keys()
+    # A key's bias does not change what attention gives: its gradient is rounding, which Adam blows up.
+    for parameter in (name for name in some if not name.endswith("k_proj.bias")):
+        torch.testing.assert_close(others[parameter], some[parameter], rtol=1e-3, atol=1e-5)
+
+
+def test_local_negatives_learn_something_else(runs: dict[str, Finished]) -> None:
+    assert runs["local"].column("step") == list(range(1, STEPS + 1))
+    assert runs["local"].column("learning_rate") == runs["one"].column("learning_rate")
+    assert abs(runs["local"].column("loss")[0] - runs["one"].column("loss")[0]) > 0.1
+
+
+@pytest.mark.parametrize("name", ["global", "local"])
+def test_two_processes_share_the_evaluation(name: str, runs: dict[str, Finished]) -> None:
+    """Features that learn nothing, and those of the untrained encoder, do not depend on how many worked them out."""
+    one, several = runs["one"].results(), runs[name].results()
+    learned = "encoder after training"
+    assert {features: one[features] for features in one.keys() - {learned}} == {
+        features: several[features] for features in several.keys() - {learned}
+    }
+    if name == "global":
+        assert several[learned] == pytest.approx(one[learned], abs=1.5 / 31)
+
+
+@pytest.mark.parametrize("name", ["global", "local"])
+def test_a_checkpoint_holds_the_random_states_of_all_processes(name: str, runs: dict[str, Finished]) -> None:
+    files = {path.name for path in (runs[name].folder / "checkpoints" / f"step-{STEPS:06d}").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl", "manifest.json"} <= files

@@ -1,0 +1,149 @@
+"""Small image data sets that the tests of `training` share, and runs that leave no global state behind."""
+
+import io
+import logging
+import signal
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import matplotlib
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from training import pretrain
+from training.config import PretrainConfig
+
+
+GARBAGE = b"this is no image"
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(number: int, size: tuple[int, int] = (20, 16)) -> Image.Image:
+    """A smooth picture, (width, height), that no other number has."""
+    coarse = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def rows_of(numbers: Sequence[int], broken: Collection[int], labels: int) -> datasets.Dataset:
+    """Rows whose picture, name and label tell their number."""
+    images = [{"bytes": GARBAGE if n in broken else encode(picture(n)), "path": f"picture-{n}.png"} for n in numbers]
+    names = [f"class {label}" for label in range(labels)]
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    columns = {"image": images, "label": [n % labels for n in numbers]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    datasets.disable_progress_bars()
+    matplotlib.use("Agg")
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def write_shards(tmp_path: Path) -> Callable[..., Path]:
+    """Write Parquet shards of these lengths in the Hub's layout; pictures are numbered through."""
+
+    def write(
+        *lengths: int, split: str = "train", folder: str = "data", broken: Collection[int] = (), labels: int = 4
+    ) -> Path:
+        first = 0
+        for shard, length in enumerate(lengths):
+            path = tmp_path / folder / "data" / f"{split}-{shard:05d}-of-{len(lengths):05d}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows_of(range(first, first + length), broken, labels).to_parquet(path)
+            first += length
+        return tmp_path / folder
+
+    return write
+
+
+@pytest.fixture
+def write_image_folder(tmp_path: Path) -> Callable[[int], Path]:
+    """Write numbered pictures into one folder for each of two classes."""
+
+    def write(length: int) -> Path:
+        for number in range(length):
+            path = tmp_path / "pictures" / ("even", "odd")[number % 2] / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(picture(number)))
+        return tmp_path / "pictures"
+
+    return write
+
+
+def forget_accelerators() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate keeps its state in globals, and a run takes over Ctrl-C."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    forget_accelerators()
+    yield
+    forget_accelerators()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., PretrainConfig]:
+    """Build the settings of a run of a few seconds; keywords replace single values."""
+    small: dict[str, Any] = {
+        "dataset": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "run"),
+        "image_size": [16],
+        "patch_size": [4],
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "mask_ratio": 0.5,
+        "shuffle_window": 8,
+        "per_device_batch_size": 8,
+        "epochs": 8,
+        "warmup_epochs": 1,
+        "base_lr": 0.02,
+        "mixed_precision": "no",
+        "num_workers": 0,
+        "logging_steps": 1,
+        "knn_images": 0,
+        "report_to": "none",
+    }
+
+    def build(**overrides: Any) -> PretrainConfig:
+        return PretrainConfig(**(small | overrides))
+
+    return build
+
+
+@pytest.fixture
+def run_pretraining(no_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Run the entry point in this process, as if it were a new one; the figures are only drawn when asked for."""
+
+    def run(config: PretrainConfig, figures: bool = False) -> Path:
+        with monkeypatch.context() as patch:
+            if not figures:
+                patch.setattr(pretrain, "save_figures", lambda *_: None)
+            forget_accelerators()
+            config.validate()
+            pretrain.main(config)
+        return Path(config.output_dir)
+
+    return run

@@ -1,0 +1,314 @@
+"""Checkpoints: whatever happens while one is written, the one before it is found again."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from training import checkpoint as checkpoint_module
+from training.checkpoint import (
+    find_defect,
+    load_checkpoint,
+    newest_checkpoint,
+    read_state,
+    replace_folder,
+    save_checkpoint,
+    set_aside_later,
+)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def accelerator(no_accelerator: None) -> Accelerator:
+    """With a small model and an optimiser that has made a step."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(mixed_precision="no")
+    layer = nn.Linear(3, 2)
+    model, optimizer = accelerator.prepare(layer, torch.optim.AdamW(layer.parameters()))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return accelerator
+
+
+@pytest.fixture
+def save(accelerator: Accelerator, tmp_path: Path) -> Callable[..., Path]:
+    """Save a checkpoint whose weights and state are its step."""
+
+    def save(step: int, keep: int = 9) -> Path:
+        with torch.no_grad():
+            accelerator._models[0].weight.fill_(step)
+        return save_checkpoint(accelerator, tmp_path, step, {"step": step}, keep)
+
+    return save
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
+def newest_step(folder: Path) -> int:
+    found, _ = newest_checkpoint(folder)
+    assert found is not None
+    assert found == folder / f"step-{read_state(found)['step']:06d}"
+    return int(read_state(found)["step"])
+
+
+def test_what_is_saved_comes_back(accelerator: Accelerator, save: Callable[..., Path]) -> None:
+    model, optimizer = accelerator._models[0], accelerator._optimizers[0]
+    saved = save(7)
+    momentum = optimizer.state[model.bias]["exp_avg"].clone()
+    assert saved.name == "step-000007"
+    assert find_defect(saved) is None
+    assert read_state(saved) == {"step": 7}
+    with torch.no_grad():
+        model.weight.zero_()
+        optimizer.state[model.bias]["exp_avg"].zero_()
+    load_checkpoint(accelerator, saved)
+    assert (model.weight == 7).all()
+    assert torch.equal(optimizer.state[model.bias]["exp_avg"], momentum)
+
+
+def test_every_file_is_in_the_manifest(save: Callable[..., Path]) -> None:
+    saved = save(1)
+    files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert set(json.loads((saved / "manifest.json").read_text())) == files - {"manifest.json"}
+    assert {"model.safetensors", "optimizer.bin", "state.json"} <= files
+
+
+def test_the_newest_are_kept(save: Callable[..., Path], tmp_path: Path) -> None:
+    for step in (5, 10, 15, 100):
+        save(step, keep=2)
+    assert steps(tmp_path) == [15, 100]
+    assert newest_step(tmp_path) == 100
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_are_kept_beyond_a_million_steps(keep: int, save: Callable[..., Path], tmp_path: Path) -> None:
+    save(999_999, keep)
+    save(1_000_000, keep)
+    assert newest_step(tmp_path) == 1_000_000
+
+
+def test_a_new_run_in_an_old_folder_keeps_its_checkpoints(save: Callable[..., Path], tmp_path: Path) -> None:
+    save(800)
+    save(900)
+    save(10, keep=1)
+    assert steps(tmp_path) == [10, 800, 900]
+
+
+def test_what_a_new_run_goes_back_behind_is_set_aside_whole(save: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(save(800), folder / "step-000800")
+    (folder.parent / "metrics.jsonl").write_text("{}\n")
+    assert set_aside_later(folder, 800) is None
+    kept = set_aside_later(folder, 10)
+    assert kept == folder.parent / "before-1"
+    assert find_defect(kept / "checkpoints" / "step-000800") is None
+    assert (kept / "metrics.jsonl").exists()
+    assert not folder.exists()
+
+
+def test_a_step_can_be_saved_again(save: Callable[..., Path], tmp_path: Path) -> None:
+    save(3)
+    save(3)
+    assert newest_step(tmp_path) == 3
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "checkpoints") == (None, [])
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "reason"),
+    [
+        *((name, truncate, f"{name} is damaged") for name in FILES),
+        *((name, flip_a_bit, f"{name} is damaged") for name in FILES),
+        *((name, Path.unlink, f"{name} is missing") for name in FILES),
+        ("manifest.json", truncate, "no readable manifest.json"),
+        ("manifest.json", Path.unlink, "no readable manifest.json"),
+    ],
+)
+def test_a_harmed_checkpoint_is_refused_with_the_reason_and_an_older_one_chosen(
+    name: str, harm: Callable[[Path], None], reason: str, save: Callable[..., Path], tmp_path: Path
+) -> None:
+    save(1)
+    harmed = save(2)
+    harm(harmed / name)
+    found, refused = newest_checkpoint(tmp_path)
+    assert found == tmp_path / "step-000001"
+    assert len(refused) == 1
+    assert refused[0].startswith(f"{harmed}: {reason}")
+
+
+def test_if_all_are_harmed_all_reasons_are_given(save: Callable[..., Path], tmp_path: Path) -> None:
+    for step in (1, 2):
+        truncate(save(step) / "model.safetensors")
+    found, refused = newest_checkpoint(tmp_path)
+    assert found is None
+    assert [Path(reason.split(":")[0]).name for reason in refused] == ["step-000002", "step-000001"]
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step-000001").mkdir()
+    assert newest_checkpoint(tmp_path)[0] is None
+
+
+class Assassin:
+    """Kills at the n-th operation on files: before it, half-way through it, or after it."""
+
+    WATCHED = (
+        *((os, "fsync"), (shutil, "rmtree"), (Accelerator, "save_state")),
+        *((Path, name) for name in ("mkdir", "write_text", "rename", "open")),
+    )
+
+    def __init__(self, moment: str) -> None:
+        self.moment, self.operations, self.victim = moment, 0, -1
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        for owner, name in self.WATCHED:
+            patch.setattr(owner, name, self.guarded(name, getattr(owner, name)))
+
+    def guarded(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self.operations += 1
+            if self.operations - 1 != self.victim:
+                return operation(*args, **kwargs)
+            if self.moment == "after":
+                operation(*args, **kwargs)
+            elif self.moment == "half-way" and name == "rmtree" and Path(args[0]).exists():
+                next(path for path in sorted(Path(args[0]).rglob("*")) if path.is_file()).unlink()
+            elif self.moment == "half-way" and name == "write_text":
+                operation(args[0], args[1][: len(args[1]) // 2])
+            elif self.moment == "half-way" and name == "save_state":
+                operation(*args, **kwargs)
+                truncate(Path(args[1]) / "model.safetensors")
+            raise Killed
+
+        return guarded
+
+
+def survives_every_death(
+    save: Callable[..., Path], folder: Path, moment: str, keep: int, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Kill the saving of step 2 at every operation; returns at how many. Step 1 or 2 must be there each time."""
+    for victim in range(200):
+        shutil.rmtree(folder)
+        save(1)
+        assassin = Assassin(moment)
+        try:
+            with monkeypatch.context() as patch:
+                assassin.watch(patch)
+                assassin.victim = victim
+                save(2, keep=keep)
+        except Killed:
+            assert newest_step(folder) in (1, 2)
+        else:
+            assert newest_step(folder) == 2
+            return victim
+        save(3, keep=keep)
+        assert newest_step(folder) == 3
+        assert len(steps(folder)) <= keep
+        assert not list(folder.glob(".tmp*"))
+    raise AssertionError("saving never came to its end")
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("moment", ["before", "half-way", "after"])
+def test_death_at_any_moment_leaves_a_valid_checkpoint(
+    moment: str, keep: int, save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert survives_every_death(save, tmp_path, moment, keep, monkeypatch) > 10
+
+
+def delete_first(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    for old in sorted(folder.glob("step-*"))[: 1 - keep or None]:
+        shutil.rmtree(old)
+    return save_checkpoint(accelerator, folder, step, state, keep)
+
+
+def trust_anything(checkpoint: Path) -> None:
+    return None
+
+
+def test_deleting_old_ones_first_would_be_noticed(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(step: int, keep: int = 9) -> Path:
+        return delete_first(accelerator, tmp_path, step, {"step": step}, keep)
+
+    with pytest.raises(AssertionError):
+        survives_every_death(save, tmp_path, "before", 1, monkeypatch)
+
+
+def test_writing_in_place_would_be_noticed(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(step: int, keep: int = 9) -> Path:
+        folder = tmp_path / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator.save_state(str(folder))
+        (folder / "state.json").write_text(json.dumps({"step": step}))
+        return folder
+
+    monkeypatch.setattr(checkpoint_module, "find_defect", trust_anything)
+    with pytest.raises((AssertionError, OSError, ValueError)):
+        survives_every_death(save, tmp_path, "half-way", 9, monkeypatch)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    new, final = tmp_path / ".tmp-model", tmp_path / "model"
+    for content in ("first", "second"):
+        new.mkdir()
+        (new / f"{content}.txt").write_text(content)
+        replace_folder(new, final)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert [path.name for path in final.iterdir()] == [f"{content}.txt"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_death_while_replacing_a_folder_leaves_the_old_or_the_new_one(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, final = tmp_path / ".tmp-model", tmp_path / "model"
+    for victim in range(50):
+        for folder, content in ((final, "old"), (new, "new")):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (folder / "content").write_text(content)
+        shutil.rmtree(tmp_path / "model.old", ignore_errors=True)
+        assassin = Assassin(moment)
+        try:
+            with monkeypatch.context() as patch:
+                assassin.watch(patch)
+                assassin.victim = victim
+                replace_folder(new, final)
+        except Killed:
+            whole = [path for path in (final, tmp_path / "model.old") if path.exists()]
+            assert (whole[0] / "content").read_text() in ("old", "new")
+        else:
+            assert (final / "content").read_text() == "new"
+            assert victim > 3
+            return
