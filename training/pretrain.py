@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput
 from modeling_micl.configuration_micl import height_and_width
+from training.card import write_card
 from training.config import PretrainConfig, parse_pretrain_config
 from training.data import Batch, TrainingBatches, TrainingOrder, batches
 from training.features import encoder_features, normalize_pixels
@@ -171,6 +172,7 @@ def finish(run: Run, log: Logger, eval_source: ImageSource | None) -> None:
             write_results(run.folder / "model", knn_results(scores, config.dataset, splits, config.seed))
         accelerator.print(table(scores))
     if accelerator.is_main_process:
+        write_card(run, run.folder / "model")
         save_curves(run.folder / "figures" / "curves.png", read_metrics(run.folder / "metrics.jsonl"))
     accelerator.print(f"model: {run.folder / 'model'}, figures: {run.folder / 'figures'}")
     accelerator.end_training()

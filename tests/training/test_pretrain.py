@@ -80,7 +80,7 @@ def test_a_run_leaves_a_folder_to_resume_and_one_to_share(labelled_run: tuple[Pa
     assert {path.name for path in run.iterdir()} == {"checkpoints", "metrics.jsonl", "model", "figures"}
     assert saved_steps(run) == [10, 20, 24]
     found = {path.name for path in (run / "model").iterdir()}
-    assert found == {"config.json", "model.safetensors", "preprocessor_config.json", "eval.json"}
+    assert found == {"config.json", "model.safetensors", "preprocessor_config.json", "eval.json", "README.md"}
 
     for figure in ("views", "similarity", "curves"):
         with Image.open(run / "figures" / f"{figure}.png") as image:
@@ -127,6 +127,15 @@ def test_the_portable_model_has_the_accuracy_that_it_claims(labelled_run: tuple[
     accuracy = knn_accuracy(features["train"], labels["train"], features["test"], labels["test"])
     results = json.loads((folder / "eval.json").read_text())["results"]
     assert next(r["value"] for r in results if r["features"] == "encoder after training") == pytest.approx(accuracy)
+
+
+def test_the_card_claims_what_eval_json_holds_and_nothing_else(labelled_run: tuple[Path, str]) -> None:
+    folder = labelled_run[0] / "model"
+    results = json.loads((folder / "eval.json").read_text())["results"]
+    section = (folder / "README.md").read_text().split("## Results")[1].split("##")[0]
+    claimed = re.findall(r"^\| (.+?) \| (\d+\.\d)% \|.* 60 images vote on 50 of", section, flags=re.MULTILINE)
+    assert claimed == [(result["features"], f"{100 * result['value']:.1f}") for result in results]
+    assert len(re.findall(r"\d%", section)) == len(results)
 
 
 def test_without_labels_there_is_no_evaluation(
