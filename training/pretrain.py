@@ -1,6 +1,7 @@
 """Pre-train a MiCL encoder: `accelerate launch -m training.pretrain --config training/recipes/photos.yaml`."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -46,14 +47,18 @@ def view_noise(seed: int, forward: int, images: int, num_patches: int, device: t
     return torch.rand(images, num_patches, generator=generator, device=device)
 
 
-def process_batches(run: Run) -> Iterator[Batch]:
-    """This process's part of every global batch, from where the run stands, without end."""
+def process_batches(run: Run, stop: StopRequest) -> Iterator[Batch]:
+    """This process's part of every global batch, from where the run stands, until a signal ends the workers, too."""
     config = run.config
     order = TrainingOrder(run.source, run.plan.forward_images, config.seed, config.shuffle_window)
     size = height_and_width(run.unwrapped().config.image_size)
     transform = random_resized_crop(size, config.crop_min_scale, config.horizontal_flip)
     places = TrainingBatches(order, transform, run.first_place, run.last_place, run.progress.forwards)
-    return batches(places, min(config.num_workers, config.per_device_batch_size))
+    try:
+        yield from batches(places, min(config.num_workers, config.per_device_batch_size))
+    except RuntimeError:
+        if not stop.came:
+            raise
 
 
 def forward_backward(run: Run, batch: Batch, with_norm: bool) -> tuple[MiclForPreTrainingOutput, Tensor | None]:
@@ -82,7 +87,7 @@ def train(run: Run, log: Logger, stop: StopRequest, evaluate: Callable[[], dict[
     if knn_every and progress.step == 0:
         log.write_evaluation(evaluate)
     run.model.train()
-    for batch in process_batches(run) if progress.step < total_steps else ():
+    for batch in process_batches(run, stop) if progress.step < total_steps else ():
         step = progress.step + 1  # the one that this pass belongs to
         save_due = (
             step % config.save_steps == 0 or step == total_steps or (stop.came and accelerator.num_processes == 1)
@@ -103,7 +108,10 @@ def train(run: Run, log: Logger, stop: StopRequest, evaluate: Callable[[], dict[
             run.model.train()
         if step == total_steps:
             break
-    return True
+    if progress.step < total_steps:  # no more batches: a signal to all processes has ended the workers
+        progress.forwards = progress.step * config.gradient_accumulation_steps
+        save_run(run)
+    return progress.step == total_steps
 
 
 def open_sources(config: PretrainConfig) -> tuple[ImageSource, ImageSource | None]:
@@ -127,25 +135,34 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     """Processes, precision and trackers.
 
     Raises:
-        ValueError: if a tracker is not installed, which accelerate itself would pass over in silence.
+        ValueError: if a tracker is not installed, or fp16 is asked for without a GPU; accelerate itself would pass
+            over both in silence.
     """
     missing = set(config.trackers()) - {str(tracker) for tracker in get_available_trackers()}
     if missing:
         raise ValueError(
             f"report_to={config.report_to!r}: {sorted(missing)} not installed (or unknown to accelerate)."
         )
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.trackers() or None,
         project_dir=config.output_dir,
     )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision='fp16' needs a GPU, for its loss scaling: use 'bf16' or 'no' on the CPU.")
+    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
+        # Launchers leave a process one thread, however many cores there are.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    return accelerator
 
 
 def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSource) -> Run:
     """Build the model and the optimiser, or restore them from the newest checkpoint."""
     plan = make_plan(config, source.num_images, accelerator.num_processes)
     model = untrained_model(config)
+    if accelerator.device.type == "cpu":
+        model.set_attn_implementation("eager")  # on short sequences the fused kernel's backward pass is slower
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     optimizer = build_optimizer(model, config.weight_decay, (config.adam_beta1, config.adam_beta2))

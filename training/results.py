@@ -18,7 +18,15 @@ from modeling_micl import MiclConfig, MiclForPreTraining
 from modeling_micl.configuration_micl import height_and_width
 from training.checkpoint import replace_folder
 from training.data import Batch, EvaluationImages, batches
-from training.features import BASELINES, Extractor, encoder_features, extract_features, knn_accuracy, normalize_pixels
+from training.features import (
+    BASELINES,
+    Extractor,
+    encoder_features,
+    extract_features,
+    knn_accuracy,
+    normalize_pixels,
+    with_centred_pixels,
+)
 from training.figures import save_similarities, save_views
 from training.images import central_crop
 from training.monitor import provenance
@@ -90,9 +98,10 @@ def knn_scores(
     There are no accuracies if one of the splits has no labels.
     """
     train, test = (extract_features(accelerator, split, extractors, size, max_images, num_workers) for split in splits)
+    train, test = with_centred_pixels(train, test)
     accuracies = {
         name: knn_accuracy(train.features[name], train.labels, test.features[name], test.labels)
-        for name in extractors
+        for name in train.features
         if len(train.labels) and len(test.labels)
     }
     return KnnScores(accuracies, len(train.labels), len(test.labels))

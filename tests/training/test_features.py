@@ -16,13 +16,14 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_micl import MiclModel, MiclPreTrainedModel
 from training.features import (
-    centred_pixels,
+    LabelledFeatures,
     colour_histogram,
     encoder_features,
     extract_features,
     knn_accuracy,
     normalize_pixels,
     raw_pixels,
+    with_centred_pixels,
 )
 from training.source import open_source
 
@@ -96,10 +97,14 @@ def test_raw_pixels_are_the_image_or_its_means() -> None:
     torch.testing.assert_close(raw_pixels(large), expected)
 
 
-def test_centred_pixels_have_no_mean() -> None:
-    brighter = random_pixels(1, 8, 8) // 2
-    torch.testing.assert_close(centred_pixels(brighter), centred_pixels(brighter + 50))
-    assert centred_pixels(brighter).mean().abs() < 1e-3
+def test_centred_pixels_lose_the_mean_of_the_train_split_in_both_splits() -> None:
+    train, test = (LabelledFeatures({"raw pixels": torch.rand(n, 12)}, torch.zeros(n)) for n in (5, 3))
+    centred = with_centred_pixels(train, test)
+    mean = train.features["raw pixels"].mean(dim=0)
+    for before, after in zip((train, test), centred, strict=True):
+        torch.testing.assert_close(after.features["mean-centred pixels"] + mean, before.features["raw pixels"])
+        assert torch.equal(after.features["raw pixels"], before.features["raw pixels"])
+    assert centred[0].features["mean-centred pixels"].mean(dim=0).abs().max() < 1e-6
 
 
 def test_the_histogram_counts_colours() -> None:

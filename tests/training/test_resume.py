@@ -287,7 +287,9 @@ def start_command(tmp_path: Path) -> Iterator[Callable[[PretrainConfig], subproc
 
 
 @pytest.mark.slow
-def test_ctrl_c_at_the_command_line_loses_nothing(
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_loses_nothing(
+    number: signal.Signals,
     write_shards: Write,
     settings: Settings,
     start_command: Callable[[PretrainConfig], subprocess.Popen[str]],
@@ -303,7 +305,7 @@ def test_ctrl_c_at_the_command_line_loses_nothing(
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(first.pid, signal.SIGINT)
+    os.killpg(first.pid, number)
     printed, complaints = first.communicate(timeout=60)
     assert first.returncode == 0, complaints
     assert "Traceback" not in complaints

@@ -65,6 +65,11 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(
         run_pretraining(settings(dataset="no/such/folder", report_to="tensorboard, wandb"))
 
 
+def test_fp16_without_a_gpu_is_refused(settings: Settings, run_pretraining: Train) -> None:
+    with pytest.raises(ValueError, match="mixed_precision='fp16' needs a GPU"):
+        run_pretraining(settings(dataset="no/such/folder", mixed_precision="fp16"))
+
+
 # Randomness
 
 
