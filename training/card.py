@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from training.run import Run
 
 
-TEMPLATES = Path(__file__).parents[1] / "model_cards"
+TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards"
 
 
 def write_card(run: Run, folder: Path) -> None:
