@@ -22,7 +22,7 @@ def block(marker: str) -> str:
 
 @pytest.mark.slow
 def test_the_main_command_learns_and_its_model_is_used_as_the_readme_says(tmp_path: Path) -> None:
-    for name in ("training", "modeling_micl", "model_cards"):
+    for name in ("training", "modeling_micl"):
         (tmp_path / name).symlink_to(ROOT / name)
     install, command = block("main command").strip().split(" && ")
     assert install.startswith("pip install")
