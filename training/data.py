@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
+from typing import Any
 
 import fsspec.asyn
 import numpy as np
@@ -25,6 +26,8 @@ from training.source import ImageSource, Row
 MAX_LANES = 64
 MIN_ROWS_PER_LANE = 512
 MAX_STAND_INS = 100
+# A worker that is told to end waits so long for the main process to come to the end of its step.
+SECONDS_AFTER_SIGTERM = 20
 
 # A draw gives an image's number and its row for one place of a batch. Attempt 0 is the planned image, the following
 # attempts are stand-ins for when it is broken.
@@ -260,9 +263,14 @@ def batches(dataset: IterableDataset[Batch], num_workers: int) -> Iterator[Batch
 
 def _start_worker(_: int) -> None:
     fsspec.asyn.reset_lock()  # a lock held while forking would never be released here
-    # Ctrl-C reaches every process of the terminal; the main one must still get batches to stop in good order.
+    # Signals often reach all processes at once; the main one must still get batches to stop in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(SECONDS_AFTER_SIGTERM)
 
 
 def _worker() -> tuple[int, int]:

@@ -47,18 +47,14 @@ def view_noise(seed: int, forward: int, images: int, num_patches: int, device: t
     return torch.rand(images, num_patches, generator=generator, device=device)
 
 
-def process_batches(run: Run, stop: StopRequest) -> Iterator[Batch]:
-    """This process's part of every global batch, from where the run stands, until a signal ends the workers, too."""
+def process_batches(run: Run) -> Iterator[Batch]:
+    """This process's part of every global batch, from where the run stands, without end."""
     config = run.config
     order = TrainingOrder(run.source, run.plan.forward_images, config.seed, config.shuffle_window)
     size = height_and_width(run.unwrapped().config.image_size)
     transform = random_resized_crop(size, config.crop_min_scale, config.horizontal_flip)
     places = TrainingBatches(order, transform, run.first_place, run.last_place, run.progress.forwards)
-    try:
-        yield from batches(places, min(config.num_workers, config.per_device_batch_size))
-    except RuntimeError:
-        if not stop.came:
-            raise
+    return batches(places, min(config.num_workers, config.per_device_batch_size))
 
 
 def forward_backward(run: Run, batch: Batch, with_norm: bool) -> tuple[MiclForPreTrainingOutput, Tensor | None]:
@@ -87,7 +83,7 @@ def train(run: Run, log: Logger, stop: StopRequest, evaluate: Callable[[], dict[
     if knn_every and progress.step == 0:
         log.write_evaluation(evaluate)
     run.model.train()
-    for batch in process_batches(run, stop) if progress.step < total_steps else ():
+    for batch in process_batches(run) if progress.step < total_steps else ():
         step = progress.step + 1  # the one that this pass belongs to
         save_due = (
             step % config.save_steps == 0 or step == total_steps or (stop.came and accelerator.num_processes == 1)
@@ -108,10 +104,7 @@ def train(run: Run, log: Logger, stop: StopRequest, evaluate: Callable[[], dict[
             run.model.train()
         if step == total_steps:
             break
-    if progress.step < total_steps:  # no more batches: a signal to all processes has ended the workers
-        progress.forwards = progress.step * config.gradient_accumulation_steps
-        save_run(run)
-    return progress.step == total_steps
+    return True
 
 
 def open_sources(config: PretrainConfig) -> tuple[ImageSource, ImageSource | None]:
