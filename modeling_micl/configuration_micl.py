@@ -105,7 +105,11 @@ class MiclConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Patches in (height, width)."""
-        (height, width), (patch_height, patch_width) = map(height_and_width, (self.image_size, self.patch_size))
+        return self.grid_of(*height_and_width(self.image_size))
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Patches in (height, width) of an image of height × width pixels; incomplete ones do not count."""
+        patch_height, patch_width = height_and_width(self.patch_size)
         return height // patch_height, width // patch_width
 
     @property

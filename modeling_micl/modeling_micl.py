@@ -117,7 +117,7 @@ class MiclEmbeddings(nn.Module):
     def _embed_visible(self, pixel_values: Tensor, ids: Tensor) -> Tensor:
         """Project only the patches with the given ids, (B, N) -> (B, N, D): pixels are gathered first."""
         patch_height, patch_width = height_and_width(self.config.patch_size)
-        height, width = (pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width)
+        height, width = self.config.grid_of(*pixel_values.shape[2:])
         grid = pixel_values[:, :, : height * patch_height, : width * patch_width]
         grid = grid.unflatten(3, (width, patch_width)).unflatten(2, (height, patch_height))
         images = torch.arange(ids.shape[0], device=ids.device)[:, None]
@@ -129,10 +129,9 @@ class MiclEmbeddings(nn.Module):
         """Position table for images of height × width pixels, bicubic from the stored one where the size differs."""
         if (height, width) == height_and_width(self.config.image_size):
             return self.position_embeddings
-        patch_height, patch_width = height_and_width(self.config.patch_size)
         table = self.position_embeddings[:, 1:].unflatten(1, self.config.grid_size).permute(0, 3, 1, 2)
         table = nn.functional.interpolate(
-            table, size=(height // patch_height, width // patch_width), mode="bicubic", align_corners=False
+            table, size=self.config.grid_of(height, width), mode="bicubic", align_corners=False
         )
         return torch.cat([self.position_embeddings[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
 
@@ -348,11 +347,10 @@ class MiclForPreTraining(MiclPreTrainedModel):
         self, pixel_values: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Random disjoint views (B, V, K) of the images, by the config's mask ratio and number of views."""
-        patch_height, patch_width = height_and_width(self.config.patch_size)
-        num_patches = (pixel_values.shape[-2] // patch_height) * (pixel_values.shape[-1] // patch_width)
+        height, width = self.config.grid_of(*pixel_values.shape[-2:])
         return sample_views(
             pixel_values.shape[0],
-            num_patches,
+            height * width,
             self.config.mask_ratio,
             self.config.num_views,
             noise=noise,
@@ -423,8 +421,7 @@ class MiclBackbone(BackboneMixin, MiclModel):
             `config.reshape_hidden_states` is False.
         """
         outputs = MiclModel.forward(self, pixel_values, interpolate_pos_encoding=True, **kwargs)
-        patch_height, patch_width = height_and_width(self.config.patch_size)
-        grid = (pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width)
+        grid = self.config.grid_of(*pixel_values.shape[2:])
         feature_maps = []
         for stage, tokens in zip(self.stage_names, outputs.hidden_states, strict=True):
             if stage in self.out_features:

@@ -115,7 +115,7 @@ def final_scores(
     max_images: int,
     num_workers: int,
 ) -> KnnScores:
-    """Judge features that learn nothing, and of the encoder before and after training."""
+    """Judge features that learn nothing, and those of the encoder before and after training."""
     extractors = BASELINES | {
         "encoder before training": encoder_features(untrained.vit.eval(), accelerator),
         TRAINED: encoder_features(trained.vit.eval(), accelerator),
