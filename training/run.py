@@ -200,15 +200,10 @@ class StopRequest:
     """Remembers that Ctrl-C or SIGTERM came, so that the loop can end between two steps; a second one ends at once."""
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.came = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
-    @property
-    def came(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self.received is not None
-
     def _receive(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number)
+        self.came = True
         signal.signal(number, signal.SIG_DFL)
