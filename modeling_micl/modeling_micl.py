@@ -232,6 +232,8 @@ class MiclModel(MiclPreTrainedModel, ViTModel):
         )
         norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm = norm if add_final_norm else nn.Identity()
+        if not add_final_norm:
+            self._keys_to_ignore_on_load_unexpected = [r"^(vit\.)?layernorm\."]
         self.pooler = None
         self.post_init()
 
@@ -370,8 +372,10 @@ class MiclForImageClassification(MiclPreTrainedModel):
         self.num_labels = config.num_labels
         mean_pooling = config.classifier_pooling == "mean"
         self.vit = MiclModel(config, add_final_norm=not mean_pooling)
-        self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if mean_pooling else nn.Identity()
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.fc_norm: nn.Module = norm if mean_pooling else nn.Identity()
+        head = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier: nn.Module = head
         self.post_init()
 
     @can_return_tuple
@@ -379,21 +383,29 @@ class MiclForImageClassification(MiclPreTrainedModel):
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
+        ids_visible: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
-        """Classify images.
+        """Classify images, whole or by a share of their patches.
 
         Args:
             pixel_values: (B, C, H, W), floating point, normalised.
             labels: (B,) class indices; with them, the loss is computed too.
+            ids_visible: (B, V, K) int64 patch indices. When given, only these patches are computed; the logits are the
+                mean over the V views.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `logits` (B, num_labels); the `loss` with labels.
         """
-        outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        outputs = self.vit(pixel_values, ids_visible, interpolate_pos_encoding, **kwargs)
         tokens = outputs.last_hidden_state
         pooled = tokens[:, 1:].mean(dim=1) if self.config.classifier_pooling == "mean" else tokens[:, 0]
         logits = self.classifier(self.fc_norm(pooled))
+        if ids_visible is not None:
+            logits = logits.unflatten(0, ids_visible.shape[:2]).mean(dim=1)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

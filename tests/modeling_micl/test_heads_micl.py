@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from modeling_micl import MiclBackbone, MiclConfig, MiclForImageClassification, MiclModel, MiclPreTrainedModel
+from modeling_micl import (
+    MiclBackbone,
+    MiclConfig,
+    MiclForImageClassification,
+    MiclModel,
+    MiclPreTrainedModel,
+    sample_views,
+)
 
 
 Model = Callable[..., MiclPreTrainedModel]
@@ -103,6 +110,64 @@ def test_a_classifier_accepts_other_sizes_on_request(tiny_model: Model) -> None:
     with pytest.raises(ValueError, match="interpolate_pos_encoding=True"):
         model(images)
 
+
+# A classifier that sees a share of the patches
+
+POOLINGS = pytest.mark.parametrize("pooling", ["mean", "cls"])
+
+
+@POOLINGS
+def test_all_patches_in_one_view_are_the_whole_image(pooling: str, tiny_model: Model, pixel_values: Tensor) -> None:
+    model = tiny_model(MiclForImageClassification, num_labels=5, classifier_pooling=pooling)
+    whole = model(pixel_values).logits
+    everything = torch.arange(16).expand(3, 1, 16)
+    torch.testing.assert_close(model(pixel_values, ids_visible=everything).logits, whole)
+    shuffled = torch.rand(3, 1, 16, generator=torch.Generator().manual_seed(0)).argsort(dim=2)
+    torch.testing.assert_close(model(pixel_values, ids_visible=shuffled).logits, whole)
+
+
+@POOLINGS
+def test_the_order_of_visible_patches_does_not_matter_but_which_they_are(
+    pooling: str, tiny_model: Model, pixel_values: Tensor
+) -> None:
+    model = tiny_model(MiclForImageClassification, num_labels=5, classifier_pooling=pooling)
+    ids = torch.tensor([[[3, 0, 9]], [[1, 2, 15]], [[8, 4, 7]]])
+    logits = model(pixel_values, ids_visible=ids).logits
+    assert logits.shape == (3, 5)
+    torch.testing.assert_close(model(pixel_values, ids_visible=ids.flip(2)).logits, logits)
+    for other in (torch.tensor([[[3, 0, 10]], [[1, 2, 14]], [[8, 4, 6]]]), ids[:, :, :2]):
+        assert (model(pixel_values, ids_visible=other).logits - logits).abs().amax(dim=1).min() > 1e-3
+
+
+@POOLINGS
+def test_patches_that_are_not_visible_have_no_influence(pooling: str, tiny_model: Model, pixel_values: Tensor) -> None:
+    model, images = tiny_model(MiclForImageClassification, num_labels=5, classifier_pooling=pooling), pixel_values
+    ids = torch.tensor([[[0, 1, 2, 3]]]).expand(3, 1, 4)  # the uppermost row
+    below = images.clone()
+    below[:, :, 8:] = 7.0
+    assert torch.equal(model(images, ids_visible=ids).logits, model(below, ids_visible=ids).logits)
+
+
+@POOLINGS
+def test_the_logits_of_several_views_are_averaged(pooling: str, tiny_model: Model, pixel_values: Tensor) -> None:
+    model = tiny_model(MiclForImageClassification, num_labels=5, classifier_pooling=pooling)
+    ids, labels = sample_views(3, 16, 0.25, num_views=3), torch.tensor([0, 4, 2])
+    alone = [model(pixel_values, ids_visible=ids[:, [view]]).logits for view in range(3)]
+    for views in ([0, 1], [2, 0], [0, 1, 2]):
+        outputs = model(pixel_values, labels=labels, ids_visible=ids[:, views])
+        torch.testing.assert_close(outputs.logits, torch.stack([alone[view] for view in views]).mean(dim=0))
+        torch.testing.assert_close(outputs.loss, cross_entropy(outputs.logits, labels))
+    assert (alone[0] - alone[1]).abs().max() > 1e-2
+
+
+def test_wrong_views_of_a_classifier_are_refused(tiny_model: Model, pixel_values: Tensor) -> None:
+    model = tiny_model(MiclForImageClassification, num_labels=5)
+    for ids in (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(2, 1, 4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="ids_visible must have shape"):
+            model(pixel_values, ids_visible=ids)
+
+
+# The backbone
 
 STAGES: dict[str, Any] = {"out_features": ["stem", "stage1", "stage2"]}
 
