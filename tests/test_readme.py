@@ -1,6 +1,7 @@
 """The README's commands are run as they are written."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,27 +21,63 @@ def block(marker: str) -> str:
     return match[1]
 
 
+def run(command: str, folder: Path) -> str:
+    """What a command of the README prints."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "HF_HOME": str(folder / "hf")}
+    done = subprocess.run(
+        f"set -e\n{command}", shell=True, cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader stands who has cloned the repository and has one picture."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("training", "modeling_micl", "model_cards"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "picture.jpg").symlink_to(Path(skimage.data.__file__).parent / "rocket.jpg")
+    return folder
+
+
 @pytest.mark.slow
-def test_the_main_command_learns_and_its_model_is_used_as_the_readme_says(tmp_path: Path) -> None:
-    for name in ("training", "modeling_micl"):
-        (tmp_path / name).symlink_to(ROOT / name)
+def test_the_main_command_learns_and_its_model_is_used_as_the_readme_says(workplace: Path) -> None:
     install, command = block("main command").strip().split(" && ")
     assert install.startswith("pip install")
-    binaries = Path(sys.executable).parent
-    done = subprocess.run(f"{binaries}/{command}", shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = run(command, workplace)
 
-    results = json.loads((tmp_path / "runs/photos/model/eval.json").read_text())["results"]
+    results = json.loads((workplace / "runs/photos/model/eval.json").read_text())["results"]
     accuracy = {entry["features"]: entry["value"] for entry in results}
     assert accuracy["encoder after training"] >= 0.85
     assert accuracy["encoder after training"] > accuracy["colour histogram"] > accuracy["raw pixels"]
     assert accuracy["encoder after training"] > accuracy["encoder before training"] + 0.05
     for name, value in accuracy.items():
-        assert re.search(rf"{name} +{value:.1%}", done.stdout), f"{name} is not in the printed table"
+        assert re.search(rf"{name} +{value:.1%}", printed), f"{name} is not in the printed table"
 
-    (tmp_path / "picture.jpg").symlink_to(Path(skimage.data.__file__).parent / "rocket.jpg")
     snippet = block("use") + "assert features.shape == (1, 128) and features.isfinite().all()\n"
-    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", snippet], cwd=workplace, check=True)
+
+
+@pytest.mark.slow
+def test_the_model_is_fine_tuned_and_judged_as_the_readme_says(workplace: Path) -> None:
+    """Goes on where the main command ended."""
+    run(block("fine-tune"), workplace)
+    snippet = block("classify") + "assert classify('picture.jpg')[0]['label'] == 'rocket'\n"
+    subprocess.run([sys.executable, "-c", snippet], cwd=workplace, check=True)
+
+    run(block("judge"), workplace)
+    encoder, classifier = (
+        json.loads((workplace / f"runs/{name}/model/eval.json").read_text())["results"]
+        for name in ("photos", "finetune_photos")
+    )
+    knn = {entry["features"]: entry["value"] for entry in encoder if entry["protocol"].startswith("kNN")}
+    assert any(entry["protocol"].startswith("linear probe") for entry in encoder)
+    assert classifier[0]["metric"] == "top-1 accuracy"
+    assert classifier[0]["value"] > knn["encoder before training"]
+    assert {entry.get("hidden_share") for entry in classifier} >= {0.0, 0.5, 0.95}
+    assert any(entry["protocol"].startswith("classifier on another dataset") for entry in classifier)
 
 
 def test_every_recipe_and_file_that_the_readme_names_exists() -> None:

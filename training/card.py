@@ -3,26 +3,30 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from training.monitor import provenance
 from training.run import Run
 
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards"
 
 
-def write_card(run: Run, folder: Path) -> None:
+def write_card(template: str, run: Run, folder: Path, **facts: Any) -> None:
     """Write `README.md` beside the weights.
 
     Args:
+        template: file in `model_cards/`.
         run: the finished run, for its settings and its length.
         folder: portable model folder; the card's results are those of its eval.json and no others.
+        **facts: what else the template asks for.
     """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True
     )
-    card = environment.get_template("template.md").render(
+    card = environment.get_template(template).render(
         name=run.folder.name,
         run=run.config.to_dict(),
         plan=asdict(run.plan),
@@ -30,5 +34,7 @@ def write_card(run: Run, folder: Path) -> None:
         data={"images": run.source.num_images, "fingerprint": run.source.fingerprint},
         model=run.unwrapped().config,
         **json.loads((folder / "eval.json").read_text()),
+        **provenance(),
+        **facts,
     )
     (folder / "README.md").write_text(card)

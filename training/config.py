@@ -1,91 +1,144 @@
-"""Settings of a pre-training run: a YAML recipe and one flag per field, checked before anything is loaded."""
+"""Settings of the two training loops: what both share, pre-training's and fine-tuning's own, and their checks."""
 
-import difflib
-import sys
-from argparse import SUPPRESS
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
-
-import yaml
-from transformers.hf_argparser import HfArgumentParser, string_to_bool
+from typing import Any, ClassVar, Literal
 
 from modeling_micl import MiclConfig
 
 
-def _field(default: Any, text: str) -> Any:
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with its description for --help."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
-class PretrainConfig:
-    """One pre-training run. The defaults are those of the authors' released program where it has one."""
+class DataSettings:
+    """Which images; shared by every entry point."""
 
-    # Data
-    dataset: str = _field("ILSVRC/imagenet-1k", "Hub id, local folder or file, or 'photos' for the demonstration data")
-    dataset_config: str | None = _field(None, "configuration of a Hub dataset that has several")
-    split: str = _field("train", "split to train on")
-    eval_split: str | None = _field(None, "split for kNN; unset, 'validation' or 'test' if there is one")
-    streaming: bool | None = _field(None, "read while training; unset, everything but folders of images streams")
-    image_column: str | None = _field(None, "unset, the only image column")
-    label_column: str | None = _field(None, "labels for kNN only; unset, the only class label column if there is one")
-    max_images: int | None = _field(None, "use only the first so many images of the split")
-    crop_min_scale: float = _field(0.2, "smallest share of the image in a random crop, in (0, 1]; 1 does not crop")
-    horizontal_flip: bool = _field(True, "mirror every other crop")
-    shuffle_window: int = _field(256, "images that each of the up to 64 readers of a stream holds to shuffle them")
-    max_bad_fraction: float = _field(0.1, "stop when more than this share of the images is broken, in [0, 1]")
-    num_workers: int = _field(4, "decoding processes for each training process; 0 decodes in the training process")
+    dataset: str = setting("ILSVRC/imagenet-1k", "Hub id, local folder or file, or 'photos' for the demonstration")
+    dataset_config: str | None = setting(None, "configuration of a Hub dataset that has several")
+    split: str = setting("train", "split to train on")
+    eval_split: str | None = setting(None, "split to evaluate on; unset, 'validation' or 'test' if there is one")
+    streaming: bool | None = setting(None, "read while running; unset, everything but folders of images streams")
+    image_column: str | None = setting(None, "unset, the only image column")
+    label_column: str | None = setting(None, "unset, the only class label column if there is one")
+    max_images: int | None = setting(None, "use only so many images of a split, from all over it, for a quick look")
+    num_workers: int = setting(4, "decoding processes for each process of the program; 0 decodes in that itself")
 
-    # Model
-    image_size: list[int] = _field([224], "pixels of the crops: one number, or height and width")
-    patch_size: list[int] = _field([16], "pixels of a patch: one number, or height and width")
-    hidden_size: int = _field(768, "width of the encoder")
-    num_hidden_layers: int = _field(12, "depth of the encoder")
-    num_attention_heads: int = _field(12, "attention heads of each layer")
-    gradient_checkpointing: bool = _field(False, "save memory: recompute each layer in the backward pass")
+    def validate(self) -> None:
+        """Raise a ValueError that names the first impossible setting, its value and the remedy."""
+        self._validate_at_least(1, "max_images")
+        self._validate_at_least(0, "num_workers")
 
-    # Objective
-    mask_ratio: float = _field(0.9, "share of the patches that no view sees, in [0, 1)")
-    num_views: int = _field(2, "disjoint views of each image, at least 2")
-    temperature: float = _field(0.07, "divides the similarities, > 0")
-    kappa: float = _field(1 / 64, "concentration of the T-SP similarity, > -1/2")
-    similarity: Literal["t-sp", "cosine"] = _field("t-sp", "similarity of two views")
-    negatives: Literal["local", "global"] = _field("local", "contrast the images of one process, or of all")
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, ready for JSON."""
+        return asdict(self)
 
-    # Optimisation
-    per_device_batch_size: int = _field(256, "images of each process in one forward pass")
-    gradient_accumulation_steps: int = _field(1, "forward passes per optimiser step; adds no negatives")
-    epochs: int = _field(200, "passes over the data that the learning-rate schedule spans")
-    warmup_epochs: float = _field(10, "epochs of linear warm-up from 0")
-    max_steps: int | None = _field(None, "end after so many optimiser steps; the schedule still spans all epochs")
-    base_lr: float = _field(5e-5, "learning rate for 256 images per optimiser step")
-    weight_decay: float = _field(0.05, "for all parameters but biases and others of one dimension")
-    adam_beta1: float = _field(0.9, "in [0, 1)")
-    adam_beta2: float = _field(0.95, "in [0, 1)")
-    max_grad_norm: float | None = _field(None, "clip gradients to this norm; unset, no clipping")
+    def _validate_at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
 
-    # Run
-    output_dir: str = _field("runs/pretrain", "folder for checkpoints/, metrics.jsonl, figures/ and model/")
-    seed: int = _field(0, "of initialisation, order, crops and masks")
-    mixed_precision: Literal["no", "bf16", "fp16"] = _field("bf16", "autocast of the forward pass")
-    logging_steps: int = _field(10, "optimiser steps between entries of metrics.jsonl")
-    save_steps: int = _field(1000, "optimiser steps between checkpoints")
-    save_total_limit: int = _field(3, "newest checkpoints to keep")
-    resume: str = _field(
+    def _validate_few_shot(self, shares: list[float]) -> None:
+        for share in shares:
+            if not 0 < share <= 1:
+                raise ValueError(f"few_shot takes shares in (0, 1], got {share}; 1 alone turns it off.")
+
+    def _validate_share(self, *names: str, zero: bool = True, one: bool = True) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not (0 <= value <= 1) or (value == 0 and not zero) or (value == 1 and not one):
+                interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+                raise ValueError(f"{name} must lie in {interval}, got {value}.")
+
+
+@dataclass
+class TrainingSettings(DataSettings):
+    """What pre-training, fine-tuning and the published linear probe have in common."""
+
+    crop_min_scale: float = setting(0.2, "smallest share of the image in a random crop, in (0, 1]; 1 does not crop")
+    horizontal_flip: bool = setting(True, "mirror every other crop")
+    shuffle_window: int = setting(256, "images that each of the up to 64 readers of a stream holds to shuffle them")
+    max_bad_fraction: float = setting(0.1, "stop when more than this share of the images is broken, in [0, 1]")
+
+    gradient_checkpointing: bool = setting(False, "save memory: recompute each layer in the backward pass")
+    per_device_batch_size: int = setting(256, "images of each process in one forward pass")
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step; adds no negatives")
+    epochs: int = setting(200, "passes over the data that the learning-rate schedule spans")
+    warmup_epochs: float = setting(10, "epochs of linear warm-up from 0")
+    max_steps: int | None = setting(None, "end after so many optimiser steps; the schedule still spans all epochs")
+    base_lr: float = setting(5e-5, "learning rate for 256 images per optimiser step")
+    min_lr: float = setting(0.0, "learning rate at the end of the schedule")
+    weight_decay: float = setting(0.05, "for all parameters but biases and others of one dimension")
+    max_grad_norm: float | None = setting(None, "clip gradients to this norm; unset, no clipping")
+
+    output_dir: str = setting("runs/pretrain", "folder for checkpoints/, metrics.jsonl, figures/ and model/")
+    seed: int = setting(0, "of everything random")
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("bf16", "autocast of the forward pass")
+    logging_steps: int = setting(10, "optimiser steps between entries of metrics.jsonl")
+    save_steps: int = setting(1000, "optimiser steps between checkpoints")
+    save_total_limit: int = setting(3, "newest checkpoints to keep")
+    resume: str = setting(
         "auto", "'auto' continues from the newest valid checkpoint if there is one, 'none', or a path"
     )
-    knn_epochs: int = _field(0, "epochs between kNN evaluations; 0 evaluates only at the end")
-    knn_images: int = _field(10_000, "labelled images for kNN, from each of the two splits; 0 turns it off")
-    report_to: str = _field("tensorboard", "trackers, comma-separated, or 'none'")
+    report_to: str = setting("tensorboard", "trackers, comma-separated, or 'none'")
 
     # What may differ when a run is resumed: it changes neither the model nor the course of training.
     CHANGEABLE: ClassVar[set[str]] = {
         *("output_dir", "resume", "max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to"),
-        *("eval_split", "label_column", "knn_epochs", "knn_images"),
-        *("num_workers", "max_bad_fraction", "gradient_checkpointing"),
+        *("num_workers", "max_bad_fraction", "gradient_checkpointing", "eval_split"),
+    }
+
+    def trackers(self) -> list[str]:
+        """Names of the trackers asked for."""
+        return [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
+
+    def validate(self) -> None:
+        """Raise a ValueError that names the first impossible setting, its value and the remedy."""
+        super().validate()
+        self._validate_at_least(1, "per_device_batch_size", "gradient_accumulation_steps", "epochs", "logging_steps")
+        self._validate_at_least(1, "save_steps", "max_steps", "save_total_limit", "shuffle_window")
+        self._validate_at_least(0, "warmup_epochs", "base_lr", "min_lr", "seed", "weight_decay", "max_grad_norm")
+        self._validate_share("crop_min_scale", zero=False)
+        self._validate_share("max_bad_fraction")
+        if not self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}.")
+        if self.resume not in ("auto", "none") and not Path(self.resume).is_dir():
+            raise ValueError(f"resume={self.resume!r} is neither 'auto', 'none' nor a checkpoint's folder.")
+
+
+@dataclass
+class PretrainConfig(TrainingSettings):
+    """One pre-training run. The defaults are those of the authors' released program where it has one."""
+
+    label_column: str | None = setting(None, "labels for the evaluation only; unset, the only class label column")
+
+    image_size: list[int] = setting([224], "pixels of the crops: one number, or height and width")
+    patch_size: list[int] = setting([16], "pixels of a patch: one number, or height and width")
+    hidden_size: int = setting(768, "width of the encoder")
+    num_hidden_layers: int = setting(12, "depth of the encoder")
+    num_attention_heads: int = setting(12, "attention heads of each layer")
+
+    mask_ratio: float = setting(0.9, "share of the patches that no view sees, in [0, 1)")
+    num_views: int = setting(2, "disjoint views of each image, at least 2")
+    temperature: float = setting(0.07, "divides the similarities, > 0")
+    kappa: float = setting(1 / 64, "concentration of the T-SP similarity, > -1/2")
+    similarity: Literal["t-sp", "cosine"] = setting("t-sp", "similarity of two views")
+    negatives: Literal["local", "global"] = setting("local", "contrast the images of one process, or of all")
+
+    adam_beta1: float = setting(0.9, "in [0, 1)")
+    adam_beta2: float = setting(0.95, "in [0, 1)")
+
+    knn_epochs: int = setting(0, "epochs between kNN evaluations; 0 evaluates only at the end")
+    knn_images: int = setting(10_000, "labelled images for kNN, from each of the two splits; 0 turns it off")
+    online_probe: bool = setting(False, "with every kNN evaluation, also fit a linear probe to the same features")
+
+    CHANGEABLE: ClassVar[set[str]] = TrainingSettings.CHANGEABLE | {
+        *("label_column", "knn_epochs", "knn_images", "online_probe"),
     }
 
     def model_config(self) -> MiclConfig:
@@ -105,9 +158,16 @@ class PretrainConfig:
             negatives=self.negatives,
         )
 
-    def trackers(self) -> list[str]:
-        """Names of the trackers asked for."""
-        return [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
+    def contrasted_images(self, processes: int) -> int:
+        """Images among which a view must find its own: the pool of negatives.
+
+        Raises:
+            ValueError: if there would be no negatives.
+        """
+        images = self.per_device_batch_size * (processes if self.negatives == "global" else 1)
+        if images < 2:
+            raise ValueError("per_device_batch_size=1 leaves no negatives, and the loss would be 0: use at least 2.")
+        return images
 
     def validate(self) -> None:
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
@@ -115,96 +175,103 @@ class PretrainConfig:
             if len(getattr(self, name)) not in (1, 2):
                 raise ValueError(f"{name} takes one number, or height and width, got {getattr(self, name)}.")
         self.model_config()
-        self._validate_ranges()
-        if not self.warmup_epochs < self.epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}.")
-        if self.resume not in ("auto", "none") and not Path(self.resume).is_dir():
-            raise ValueError(f"resume={self.resume!r} is neither 'auto', 'none' nor a checkpoint's folder.")
+        self._validate_at_least(0, "knn_epochs", "knn_images")
+        self._validate_share("adam_beta1", "adam_beta2", one=False)
+        if self.online_probe and (self.knn_epochs == 0 or self.knn_images < 10):
+            raise ValueError(
+                "online_probe goes with the kNN evaluations, of at least 10 images: raise "
+                f"knn_epochs={self.knn_epochs} or knn_images={self.knn_images}."
+            )
+        super().validate()
 
-    def _validate_ranges(self) -> None:
-        at_least = dict.fromkeys(
-            ("per_device_batch_size", "gradient_accumulation_steps", "epochs", "logging_steps", "save_steps"), 1
-        )
-        at_least |= dict.fromkeys(("max_images", "max_steps", "save_total_limit", "shuffle_window"), 1)
-        at_least |= dict.fromkeys(("num_workers", "knn_epochs", "knn_images", "warmup_epochs", "base_lr", "seed"), 0)
-        at_least |= dict.fromkeys(("weight_decay", "max_grad_norm"), 0)
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
-        if not 0 < self.crop_min_scale <= 1:
-            raise ValueError(f"crop_min_scale must lie in (0, 1], got {self.crop_min_scale}.")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """All settings, ready for JSON."""
-        return asdict(self)
+@dataclass
+class ClassifierSettings(TrainingSettings):
+    """What fine-tuning and the published linear probe have in common: they train a classifier on a given encoder."""
+
+    model: str | None = setting(None, "pre-trained encoder: a portable folder or Hub id")
+    random_init: bool = setting(False, "keep only the architecture of --model, with random weights: the comparison")
+    eval_epochs: int = setting(1, "epochs between evaluations; 0 evaluates only at the end")
+
+    CHANGEABLE: ClassVar[set[str]] = TrainingSettings.CHANGEABLE | {"eval_epochs"}
+
+    def validate(self) -> None:
+        """Raise a ValueError that names the first impossible setting, its value and the remedy."""
+        if self.model is None:
+            raise ValueError("model is not set: name a portable folder or a Hub id with --model.")
+        self._validate_at_least(0, "eval_epochs")
+        super().validate()
+
+
+@dataclass
+class ProbeConfig(ClassifierSettings):
+    """One linear probe. The defaults of the published protocol are MAE's for ViT-B."""
+
+    protocol: Literal["fast", "published"] = setting(
+        "fast", "fast: fitted to features extracted once; published: trained on random crops with LARS"
+    )
+    features: Literal["cls", "mean"] = setting("cls", "fast: [CLS], or the patches' mean; published takes [CLS]")
+    few_shot: list[float] = setting([0.01, 0.1], "fast: also with these shares of each class's labels; 1 turns it off")
+    features_cache: str | None = setting(None, "fast: folder for extracted features; unset, beside the datasets")
+
+    crop_min_scale: float = setting(0.08, "smallest share of the image in a random crop, in (0, 1]; 1 does not crop")
+    per_device_batch_size: int = setting(512, "images of each process in one forward pass")
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step")
+    epochs: int = setting(90, "passes over the data that the learning-rate schedule spans")
+    base_lr: float = setting(0.1, "learning rate for 256 images per optimiser step")
+    weight_decay: float = setting(0.0, "of the head's weight")
+    output_dir: str = setting("runs/linear_probe", "folder for the classifier in model/, and published: the rest")
+
+    def validate(self) -> None:
+        """Raise a ValueError that names the first impossible setting, its value and the remedy."""
+        super().validate()
+        self._validate_few_shot(self.few_shot)
+        if self.protocol == "published" and self.features == "mean":
+            raise ValueError("features='mean' goes with protocol='fast' only: the published protocol probes [CLS].")
+
+
+@dataclass
+class FinetuneConfig(ClassifierSettings):
+    """One fine-tuning run. The defaults are MAE's for ViT-B, which MiCL's fine-tuning follows."""
+
+    new_head: bool = setting(False, "give a model that is a classifier already a fresh head")
+    classifier_pooling: Literal["mean", "cls"] = setting("mean", "what the head sees: the patches' mean, or [CLS]")
+
+    crop_min_scale: float = setting(0.08, "smallest share of the image in a random crop, in (0, 1]; 1 does not crop")
+    rand_augment: str = setting("rand-m9-mstd0.5-inc1", "RandAugment policy in timm's notation, or 'none'")
+    erasing_probability: float = setting(0.25, "share of the images with a random box of noise, in [0, 1]")
+    mixup_alpha: float = setting(0.8, "mixup; 0 turns it off")
+    cutmix_alpha: float = setting(1.0, "cutmix, instead of mixup in half of the batches where both are on; 0 is off")
+    label_smoothing: float = setting(0.1, "in [0, 1)")
+    drop_path_rate: float = setting(0.1, "stochastic depth of the last layer, in [0, 1)")
+
+    per_device_batch_size: int = setting(128, "images of each process in one forward pass")
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step")
+    epochs: int = setting(100, "passes over the data that the learning-rate schedule spans")
+    warmup_epochs: float = setting(5, "epochs of linear warm-up from 0")
+    base_lr: float = setting(5e-4, "learning rate of the head for 256 images per optimiser step")
+    min_lr: float = setting(1e-6, "learning rate of the head at the end of the schedule")
+    layer_decay: float = setting(0.65, "factor of the learning rate from each layer to the one before, in (0, 1]")
+    adam_beta1: float = setting(0.9, "in [0, 1)")
+    adam_beta2: float = setting(0.999, "in [0, 1)")
+    ema_decay: float | None = setting(None, "evaluate and keep a moving average of the weights with this decay")
+    output_dir: str = setting("runs/finetune", "folder for checkpoints/, metrics.jsonl, figures/ and model/")
+
+    def validate(self) -> None:
+        """Raise a ValueError that names the first impossible setting, its value and the remedy."""
+        self._validate_share("erasing_probability")
+        self._validate_share("label_smoothing", "drop_path_rate", "adam_beta1", "adam_beta2", one=False)
+        self._validate_share("layer_decay", zero=False)
+        self._validate_at_least(0, "mixup_alpha", "cutmix_alpha")
+        if self.ema_decay is not None:
+            self._validate_share("ema_decay", one=False)
+        if (self.mixup_alpha or self.cutmix_alpha) and self.per_device_batch_size % 2:
+            raise ValueError(
+                f"per_device_batch_size={self.per_device_batch_size} must be even: mixup and cutmix pair the images. "
+                "Change it, or turn both off with mixup_alpha=0 and cutmix_alpha=0."
+            )
+        super().validate()
 
 
 def _one_or_pair(size: list[int]) -> int | list[int]:
     return size[0] if len(size) == 1 else size
-
-
-class _Parser(HfArgumentParser):
-    """Reports mistakes in one line instead of printing every flag there is."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2)
-
-
-def parse_pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
-    """Settings from `--config recipe.yaml` and flags, which win over the recipe.
-
-    Raises:
-        SystemExit: with status 2 and one line that says what is wrong: an unknown key and the nearest valid one, a
-            value of a wrong type, or an impossible setting.
-    """
-    parser = _Parser(PretrainConfig, prog="training.pretrain", allow_abbrev=False, conflict_handler="resolve")
-    parser.add_argument("--config", help="YAML recipe; flags win over it")
-    # HfArgumentParser gives an optional boolean neither a bare --flag nor a --no-flag.
-    parser.add_argument("--streaming", nargs="?", const=True, type=string_to_bool)
-    parser.add_argument("--no_streaming", "--no-streaming", dest="streaming", action="store_false", default=SUPPRESS)
-    flags = list(sys.argv[1:] if argv is None else argv)
-    recipe = parser.parse_known_args(flags)[0].config
-    try:
-        flags = _recipe_flags(recipe) + flags if recipe else flags
-        config, _, unknown = parser.parse_args_into_dataclasses(
-            flags, return_remaining_strings=True, look_for_args_file=False
-        )
-        if unknown:
-            raise ValueError(f"unknown flag {unknown[0]}{_nearest(unknown[0])}")
-        config.validate()
-    except ValueError as error:
-        parser.error(str(error))
-    assert isinstance(config, PretrainConfig)
-    return config
-
-
-def _recipe_flags(path: str) -> list[str]:
-    """A YAML recipe as flags, so that the parser checks its types, too (YAML takes 5e-5 for a string)."""
-    try:
-        recipe = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)  # strings: `no` may be a word
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"--config {path} must hold 'key: value' lines")
-    known = {f.name for f in fields(PretrainConfig)}
-    flags = []
-    for key, value in recipe.items():
-        if key not in known:
-            raise ValueError(f"unknown key {key!r} in {path}{_nearest(str(key))}")
-        several = isinstance(value, list) and isinstance(getattr(PretrainConfig(), key), list)
-        if value not in ("", "~", "null"):
-            flags += [f"--{key}", *value] if several else [f"--{key}={value}"]
-    return flags
-
-
-def _nearest(name: str) -> str:
-    name = name.lstrip("-").split("=")[0].replace("-", "_")
-    nearest = difflib.get_close_matches(name, [f.name for f in fields(PretrainConfig)], n=1)
-    return f": did you mean {nearest[0]!r}?" if nearest else "; --help lists all"

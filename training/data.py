@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from training.images import Pixels, Transform, decode_rgb, to_pixels
-from training.source import ImageSource, Row
+from training.source import ImageSource, Row, first_rows
 
 
 # A lane is one reader of a stream. More lanes mix more shards into each batch but hold more files open.
@@ -239,10 +239,9 @@ class EvaluationImages(IterableDataset[Batch]):
                 for i in range(self.num_images)
             )
             return
-        ends = np.cumsum([0, *source.lengths])
-        for shard, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
-            share = int(end * self.num_images // total - begin * self.num_images // total)
-            yield from enumerate(source.read(shard, 0, share), int(begin))
+        begins = np.cumsum([0, *source.lengths])
+        for shard, share in enumerate(first_rows(source.lengths, self.num_images)):
+            yield from enumerate(source.read(shard, 0, share), int(begins[shard]))
 
 
 def batches(dataset: IterableDataset[Batch], num_workers: int) -> Iterator[Batch]:

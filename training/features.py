@@ -1,23 +1,36 @@
-"""What an encoder's features are worth: extraction over processes, kNN, and baselines that learn nothing."""
+"""Frozen features: their extraction over processes, and baselines that learn nothing."""
 
+import hashlib
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, normalize
+from torch.nn.functional import adaptive_avg_pool2d
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.modeling_outputs import ImageClassifierOutput
 
-from modeling_micl import MiclModel
-from training.data import EvaluationImages, batches
+from modeling_micl import MiclForImageClassification, MiclModel
+from training.data import Batch, EvaluationImages, batches
 from training.images import central_crop
 from training.source import ImageSource
 
 
-# (n, H, W, 3) uint8 pixels -> (n, d) features
-Extractor = Callable[[Tensor], Tensor]
+# A batch on the device -> (n, d) features of its images
+Extractor = Callable[[Batch], Tensor]
+Frozen = MiclModel | MiclForImageClassification
+Pooling = Literal["cls", "mean"]
+# A batch -> the patches (n, 1, K) of each image that an encoder gets to see
+Views = Callable[[Batch], Tensor]
 
 
 def normalize_pixels(pixels: Tensor) -> Tensor:
@@ -27,12 +40,26 @@ def normalize_pixels(pixels: Tensor) -> Tensor:
     return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def encoder_features(model: MiclModel, accelerator: Accelerator) -> Extractor:
-    """[CLS] features of the whole, unmasked image."""
+def encoder_features(
+    model: Frozen, accelerator: Accelerator, pooling: Pooling = "cls", views: Views | None = None
+) -> Extractor:
+    """What a frozen model tells about images: features, or a classifier's logits.
 
-    def extract(pixels: Tensor) -> Tensor:
+    Args:
+        model: an encoder in evaluation mode, or a classifier.
+        accelerator: for its precision.
+        pooling: [CLS] after the final norm, or the mean of the patches after it; classifiers pool as they were built.
+        views: draws the visible patches (n, 1, K) of a batch; unset, whole images are seen.
+    """
+
+    def extract(batch: Batch) -> Tensor:
+        pixels, ids_visible = normalize_pixels(batch.pixels), views(batch) if views else None
         with accelerator.autocast():
-            features: Tensor = model(normalize_pixels(pixels)).pooler_output
+            output = model(pixels, ids_visible=ids_visible)
+        if isinstance(output, ImageClassifierOutput):
+            features: Tensor = output.logits
+        else:
+            features = output.pooler_output if pooling == "cls" else output.last_hidden_state[:, 1:].mean(dim=1)
         return features.float()
 
     return extract
@@ -52,7 +79,10 @@ def colour_histogram(pixels: Tensor) -> Tensor:
 
 
 RAW_PIXELS = "raw pixels"
-BASELINES: dict[str, Extractor] = {RAW_PIXELS: raw_pixels, "colour histogram": colour_histogram}
+BASELINES: dict[str, Extractor] = {
+    RAW_PIXELS: lambda batch: raw_pixels(batch.pixels),
+    "colour histogram": lambda batch: colour_histogram(batch.pixels),
+}
 
 
 @dataclass
@@ -62,6 +92,10 @@ class LabelledFeatures:
     features: dict[str, Tensor]
     labels: Tensor
 
+    def to(self, device: torch.device) -> "LabelledFeatures":
+        """Copy to a device."""
+        return LabelledFeatures({k: v.to(device) for k, v in self.features.items()}, self.labels.to(device))
+
 
 @torch.no_grad()
 def extract_features(
@@ -69,7 +103,7 @@ def extract_features(
     source: ImageSource,
     extractors: dict[str, Extractor],
     size: tuple[int, int],
-    max_images: int,
+    max_images: int | None,
     num_workers: int,
 ) -> LabelledFeatures:
     """Features of a split's labelled images, the same on every process, in the order of the data.
@@ -84,17 +118,57 @@ def extract_features(
     """
     share = (accelerator.process_index, accelerator.num_processes)
     images = EvaluationImages(source, central_crop(size), max_images, share)
+    bar = tqdm(
+        total=images.num_images, desc="evaluating", unit="image", leave=False, disable=not accelerator.is_main_process
+    )
     parts = []
     for batch in batches(images, num_workers):
-        pixels = batch.pixels.to(accelerator.device)
-        parts.append(
-            (batch.index, batch.labels, {name: extract(pixels).cpu() for name, extract in extractors.items()})
-        )
+        there = batch.to(accelerator.device)
+        parts.append((batch.index, batch.labels, {name: f(there).cpu() for name, f in extractors.items()}))
+        bar.update(len(batch.labels) * accelerator.num_processes)
+    bar.close()
     parts = gather_object(parts)
+    if not parts:  # all images are broken
+        return LabelledFeatures({name: torch.empty(0, 1) for name in extractors}, torch.empty(0, dtype=torch.int64))
     order = torch.cat([index for index, _, _ in parts]).argsort()
     labels = torch.cat([labels for _, labels, _ in parts])[order]
     features = {name: torch.cat([part[name] for _, _, part in parts])[order] for name in extractors}
     return LabelledFeatures({name: values[labels >= 0] for name, values in features.items()}, labels[labels >= 0])
+
+
+def cached_features(
+    accelerator: Accelerator, folder: Path, key: list[Any], extract: Callable[[], LabelledFeatures]
+) -> LabelledFeatures:
+    """Features from the cache, or extracted by all processes together and kept there.
+
+    Args:
+        accelerator: its processes.
+        folder: of the cache.
+        key: everything that the features depend on, as JSON.
+        extract: computes them.
+    """
+    file = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    (cached,) = broadcast_object_list([file.exists()])  # the main process decides for all
+    if cached:
+        tensors = load_file(file)
+        return LabelledFeatures({k: v for k, v in tensors.items() if k != "labels"}, tensors["labels"])
+    extracted = extract()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".tmp-{os.getpid()}")
+        save_file(
+            {k: v.contiguous() for k, v in extracted.features.items()} | {"labels": extracted.labels}, unfinished
+        )
+        unfinished.replace(file)
+    return extracted
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Changes with the weights and what is computed from them."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def with_centred_pixels(train: LabelledFeatures, test: LabelledFeatures) -> tuple[LabelledFeatures, LabelledFeatures]:
@@ -107,29 +181,3 @@ def with_centred_pixels(train: LabelledFeatures, test: LabelledFeatures) -> tupl
         LabelledFeatures(centred[0] | train.features, train.labels),
         LabelledFeatures(centred[1] | test.features, test.labels),
     )
-
-
-def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.07
-) -> float:
-    """Top-1 accuracy, in [0, 1], of a vote of the k nearest by cosine, weighted by exp(cosine / temperature).
-
-    This is the protocol of DINO (arXiv 2104.14294) and, before it, of instance discrimination (arXiv 1805.01978).
-
-    Args:
-        train: (n, d) features to vote.
-        train_labels: (n,) their labels.
-        test: (m, d) features to classify.
-        test_labels: (m,) their labels.
-        k: voters; all of them if there are fewer.
-        temperature: of the weights.
-    """
-    train = normalize(train, dim=1)
-    num_classes = int(train_labels.max()) + 1
-    correct = 0
-    for queries, labels in zip(normalize(test, dim=1).split(1024), test_labels.split(1024), strict=True):
-        cosines, nearest = (queries @ train.T).topk(min(k, len(train)), dim=1)  # (n, k)
-        votes = torch.zeros(len(queries), num_classes)
-        votes.scatter_add_(1, train_labels[nearest], (cosines / temperature).exp())
-        correct += int((votes.argmax(dim=1) == labels).sum())
-    return correct / len(test_labels)

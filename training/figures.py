@@ -8,7 +8,9 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 matplotlib.use("Agg")
@@ -30,8 +32,8 @@ def save_views(path: Path, pixels: Tensor, ids_visible: Tensor, patch_size: tupl
     for row, image, views in zip(axes, images, ids_visible, strict=True):
         row[0].imshow(image.numpy())
         for axis, view in zip(row[1:], views, strict=False):
-            axis.imshow(_only_patches(image, view, patch_size).numpy())
-        in_no_view = image - _only_patches(image, views.flatten(), patch_size) + MASKED_GRAY
+            axis.imshow(only_patches(image, view, patch_size).numpy())
+        in_no_view = image - only_patches(image, views.flatten(), patch_size) + MASKED_GRAY
         row[-1].imshow(in_no_view.numpy())
         axes_off(row)
     for axis, title in zip(
@@ -82,13 +84,64 @@ def save_similarities(path: Path, before: Tensor, after: Tensor) -> None:
     _finish(figure, path)
 
 
+def save_occlusion(
+    path: Path,
+    hidden_shares: list[float],
+    curves: dict[str, list[float]],
+    relative_times: list[float],
+    chance: float,
+    seen: list[Tensor],
+) -> None:
+    """What the model sees; below, accuracy against the share of hidden patches and against the time per image.
+
+    Args:
+        path: PNG to write.
+        hidden_shares: n shares in [0, 1), rising.
+        curves: accuracies in [0, 1] at these shares, by the name of the curve.
+        relative_times: of the model for an image, 1 for a whole one.
+        chance: accuracy of guessing.
+        seen: (H, W, 3) in [0, 1], an image at each share.
+    """
+    figure, axes = plt.subplot_mosaic([["seen", "seen"], ["hidden", "time"]], figsize=(9, 5), height_ratios=[1, 2.6])
+    labels = [f"{100 * share:.3g}%" for share in hidden_shares]
+    gap = seen[0].shape[1] // 16
+    axes["seen"].imshow(torch.cat([pad(image, (0, 0, gap, gap), value=1.0) for image in seen], dim=1).numpy())
+    axes["seen"].set_xticks([(n + 0.5) * (seen[0].shape[1] + 2 * gap) for n in range(len(seen))], labels)
+    axes["seen"].set_title("what the model sees when this share of the patches is hidden", fontsize=10)
+    axes["seen"].set_yticks([])
+    axes["seen"].tick_params(length=0)
+    axes["seen"].spines[:].set_visible(False)
+
+    for panel, places in (("hidden", hidden_shares), ("time", relative_times)):
+        for name, values in curves.items():
+            axes[panel].plot(places, values, marker="o", markersize=4, label=name)
+        axes[panel].axhline(chance, color="gray", linestyle=":", label="chance")
+        axes[panel].grid(alpha=0.3)
+    highest = [max(values) for values in zip(*curves.values(), strict=True)]
+    axes["hidden"].set_xlabel("patches hidden")
+    axes["hidden"].set_ylabel("top-1 accuracy")
+    axes["hidden"].set_ylim(0, 1.15 * max(*highest, chance))
+    axes["hidden"].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes["hidden"].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes["hidden"].legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    axes["time"].sharey(axes["hidden"])
+    axes["time"].tick_params(labelleft=False)
+    axes["time"].set_xscale("log", base=2)
+    axes["time"].xaxis.set_major_formatter(lambda time, _: f"{time:g}" if time >= 1 else f"1/{1 / time:.0f}")
+    axes["time"].set_xlabel("time per image, as a share of the whole image's")
+    for label, time, value in zip(labels, relative_times, highest, strict=True):
+        axes["time"].annotate(label, (time, value), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    _finish(figure, path)
+
+
 def axes_off(axes: list[Axes]) -> None:
     """Hide ticks and frames."""
     for axis in axes:
         axis.axis("off")
 
 
-def _only_patches(image: Tensor, ids: Tensor, patch_size: tuple[int, int]) -> Tensor:
+def only_patches(image: Tensor, ids: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """An image (H, W, 3) in [0, 1] whose patches other than `ids` (K,) are gray."""
     height, width = patch_size
     seen = torch.zeros(image.shape[0] // height, image.shape[1] // width)
     seen.view(-1)[ids] = 1

@@ -13,10 +13,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from modeling_micl import MiclForPreTrainingOutput
 from training.data import Batch
-from training.monitor import batch_metrics
 from training.run import Run, StopRequest
+
+
+# What the progress bar shows of an entry, where it is there.
+SHOWN = {
+    "loss": ".3f",
+    "contrastive_accuracy": ".0%",
+    "images_per_second": ".0f",
+    "knn_accuracy": ".1%",
+    "probe_accuracy": ".1%",
+    "top1_accuracy": ".1%",
+}
+# Looks at each logged entry and returns a warning, or None.
+Alarm = Callable[[int, dict[str, float]], str | None]
 
 
 class CollapseAlarm:
@@ -81,31 +92,49 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Logger:
-    """Adds up what happens between two entries; writes them to metrics.jsonl, trackers and progress bar."""
+    """Adds up what happens between two entries; writes them to metrics.jsonl, trackers and progress bar.
 
-    def __init__(self, run: Run, stop: StopRequest) -> None:
-        self.run, self.stop = run, stop
+    Args:
+        run: what is logged.
+        stop: asked at every entry.
+        title: of the progress bar.
+        alarm: what may be wrong with the training.
+    """
+
+    def __init__(self, run: Run, stop: StopRequest, title: str, alarm: Alarm = lambda *_: None) -> None:
+        self.run, self.stop, self.alarm = run, stop, alarm
         self.main = run.accelerator.is_main_process
         self.file = MetricsLog(run.folder / "metrics.jsonl", run.progress.step) if self.main else None
-        self.alarm = CollapseAlarm(run.plan.contrasted_images)
         self.bar = tqdm(
             total=run.plan.total_steps,
             initial=run.progress.step,
             disable=not self.main,
-            desc="pre-training",
+            desc=title,
             unit="step",
         )
         self._restart()
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def say_stopped(self) -> None:
+        """Tell that a run was stopped, and end its trackers."""
+        self.run.accelerator.print(
+            f"Stopped at step {self.run.progress.step}, all saved: the same command continues from there."
+        )
+        self.run.accelerator.end_training()
 
     def _restart(self) -> None:
         self.loss = torch.zeros((), device=self.run.accelerator.device)
         self.forwards = self.images = self.broken = 0
         self.since = time.perf_counter()
 
-    def add(self, batch: Batch, output: MiclForPreTrainingOutput) -> None:
+    def add(self, batch: Batch, loss: Tensor) -> None:
         """Take note of one forward pass, without waiting for the device."""
-        assert output.loss is not None
-        self.loss += output.loss.detach()
+        self.loss += loss.detach()
         self.forwards += 1
         self.images += len(batch.pixels)
         self.broken += len(batch.broken)
@@ -114,15 +143,18 @@ class Logger:
         if self.run.accelerator.sync_gradients:
             self.bar.update()
 
-    def write(self, output: MiclForPreTrainingOutput, grad_norm: Tensor | None) -> bool:
+    def write(self, measured: dict[str, Tensor], grad_norm: Tensor | None) -> bool:
         """Write an entry from all processes; returns whether any of them was asked to stop.
+
+        Args:
+            measured: of this process's last batch, scalars.
+            grad_norm: of all processes.
 
         Raises:
             RuntimeError: if the loss or the gradient is not finite, or too many images are broken.
         """
         run, accelerator, progress = self.run, self.run.accelerator, self.run.progress
-        first_target = run.first_place if run.config.negatives == "global" else 0
-        local = {"loss": self.loss / self.forwards} | batch_metrics(output, first_target)
+        local = {"loss": self.loss / self.forwards} | measured
         local["stop"] = torch.tensor(float(self.stop.came), device=self.loss.device)
         for name, number in (("images", self.images), ("broken", self.broken)):
             local[name] = torch.tensor(float(number), device=self.loss.device)
@@ -153,9 +185,8 @@ class Logger:
         if self.file:
             self.file.write(entry)
         self.run.accelerator.log({k: v for k, v in entry.items() if v is not None}, step=entry["step"])
-        shown = {"loss": ".3f", "contrastive_accuracy": ".0%", "images_per_second": ".0f", "knn_accuracy": ".1%"}
         self.bar.set_postfix_str(
-            ", ".join(f"{name.replace('_', ' ')} {entry[name]:{how}}" for name, how in shown.items() if name in entry)
+            ", ".join(f"{name.replace('_', ' ')} {entry[name]:{how}}" for name, how in SHOWN.items() if name in entry)
         )
 
     def _check(self, entry: dict[str, Any]) -> None:
@@ -174,6 +205,6 @@ class Logger:
                 f"{progress.broken} of {progress.seen} images were broken, more than max_bad_fraction="
                 f"{run.config.max_bad_fraction} allows: repair the data (each image is named above), or raise it."
             )
-        warning = self.alarm.check(entry["step"], entry)
+        warning = self.alarm(entry["step"], entry)
         if warning and self.main:
             self.bar.write(f"WARNING: {warning}", file=sys.stderr)

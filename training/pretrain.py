@@ -1,39 +1,39 @@
 """Pre-train a MiCL encoder: `accelerate launch -m training.pretrain --config training/recipes/photos.yaml`."""
 
-import math
-import os
 import sys
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
 
-from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput
+from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput, visible_patches_per_view
 from modeling_micl.configuration_micl import height_and_width
 from training.card import write_card
-from training.config import PretrainConfig, parse_pretrain_config
-from training.data import Batch, TrainingBatches, TrainingOrder, batches
+from training.config import PretrainConfig
+from training.data import Batch
 from training.features import encoder_features, normalize_pixels
 from training.figures import save_curves
-from training.images import random_resized_crop
-from training.log import Logger, read_metrics
-from training.optim import build_optimizer, set_learning_rate
+from training.images import Transform, random_resized_crop
+from training.log import CollapseAlarm, Logger, read_metrics
+from training.loop import Task, train
+from training.monitor import batch_metrics, gigaflop_per_image
+from training.optim import build_optimizer
+from training.parser import parse_settings
 from training.results import (
     TRAINED,
+    add_results,
     final_scores,
+    frozen_scores,
     knn_results,
-    knn_scores,
+    knn_table,
     save_figures,
     save_model,
-    table,
-    write_results,
 )
-from training.run import Run, StopRequest, make_plan, resume_run, save_run, summary
-from training.source import ImageSource, available_splits, open_source
+from training.run import Run, StopRequest, start_accelerator, summary
+from training.source import ImageSource, evaluation_split, open_split
 
 
 def view_noise(seed: int, forward: int, images: int, num_patches: int, device: torch.device) -> Tensor:
@@ -47,75 +47,56 @@ def view_noise(seed: int, forward: int, images: int, num_patches: int, device: t
     return torch.rand(images, num_patches, generator=generator, device=device)
 
 
-def process_batches(run: Run) -> Iterator[Batch]:
-    """This process's part of every global batch, from where the run stands, without end."""
-    config = run.config
-    order = TrainingOrder(run.source, run.plan.forward_images, config.seed, config.shuffle_window)
-    size = height_and_width(run.unwrapped().config.image_size)
-    transform = random_resized_crop(size, config.crop_min_scale, config.horizontal_flip)
-    places = TrainingBatches(order, transform, run.first_place, run.last_place, run.progress.forwards)
-    return batches(places, min(config.num_workers, config.per_device_batch_size))
+class Contrast(Task):
+    """Pre-training: let the views of each image find each other in the batch.
 
+    Args:
+        run: the run.
+        config: its settings.
+        eval_source: labelled images that kNN classifies now and then, None for none.
+    """
 
-def forward_backward(run: Run, batch: Batch, with_norm: bool) -> tuple[MiclForPreTrainingOutput, Tensor | None]:
-    """One forward and backward pass, and the optimiser's step when it is due; the gradient's norm if asked for."""
-    config, accelerator, progress = run.config, run.accelerator, run.progress
-    pixels = normalize_pixels(batch.to(accelerator.device).pixels)
-    num_patches = run.unwrapped().config.num_patches
-    noise = view_noise(config.seed, progress.forwards, run.plan.forward_images, num_patches, pixels.device)
-    grad_norm = None
-    with accelerator.accumulate(run.model):
+    def __init__(self, run: Run, config: PretrainConfig, eval_source: ImageSource | None) -> None:
+        super().__init__(run, config.knn_epochs if eval_source else 0)
+        self.config, self.eval_source = config, eval_source
+
+    def transform(self, size: tuple[int, int]) -> Transform:
+        """Crop and flip, nothing else."""
+        return random_resized_crop(size, self.config.crop_min_scale, self.config.horizontal_flip)
+
+    def forward(self, batch: Batch) -> MiclForPreTrainingOutput:
+        """Draw the views and contrast them."""
+        run, pixels = self.run, normalize_pixels(batch.pixels)
+        num_patches = run.unwrapped().config.num_patches
+        forwards, images = run.progress.forwards, run.plan.forward_images
+        noise = view_noise(self.config.seed, forwards, images, num_patches, pixels.device)
         output: MiclForPreTrainingOutput = run.model(pixels, noise=noise[run.first_place : run.last_place])
-        accelerator.backward(output.loss)
-        if accelerator.sync_gradients and (config.max_grad_norm or with_norm):
-            grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-        set_learning_rate(run.optimizer, run.learning_rate())
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-    progress.forwards += 1
-    return output, grad_norm
+        return output
 
+    def metrics(self, output: ModelOutput) -> dict[str, Tensor]:
+        """How well views find each other, and how far embeddings spread."""
+        assert isinstance(output, MiclForPreTrainingOutput)
+        return batch_metrics(output, self.run.first_place if self.config.negatives == "global" else 0)
 
-def train(run: Run, log: Logger, stop: StopRequest, evaluate: Callable[[], dict[str, float]]) -> bool:
-    """The training loop; returns whether it went to the end, rather than being asked to stop."""
-    config, accelerator, progress, total_steps = run.config, run.accelerator, run.progress, run.plan.total_steps
-    knn_every = config.knn_epochs * run.plan.forwards_per_epoch // config.gradient_accumulation_steps
-    if knn_every and progress.step == 0:
-        log.write_evaluation(evaluate)
-    run.model.train()
-    for batch in process_batches(run) if progress.step < total_steps else ():
-        step = progress.step + 1  # the one that this pass belongs to
-        save_due = (
-            step % config.save_steps == 0 or step == total_steps or (stop.came and accelerator.num_processes == 1)
-        )
-        log_due = step % config.logging_steps == 0 or save_due
-        output, grad_norm = forward_backward(run, batch, with_norm=log_due)
-        log.add(batch, output)
-        if not accelerator.sync_gradients:
-            continue
-        progress.step = step
-        stopping = log.write(output, grad_norm) if log_due else False
-        if save_due or stopping:
-            save_run(run)
-        if stopping:
-            return False
-        if knn_every and step % knn_every == 0 and step < total_steps:
-            log.write_evaluation(evaluate)
-            run.model.train()
-        if step == total_steps:
-            break
-    return True
+    def evaluate(self) -> dict[str, float]:
+        """Judge the frozen features as they are now, by kNN and, if asked for, a linear probe."""
+        assert self.eval_source
+        run, config = self.run, self.config
+        extractor = {"encoder": encoder_features(run.unwrapped().vit.eval(), run.accelerator)}
+        size = height_and_width(run.unwrapped().config.image_size)
+        splits = (run.source, self.eval_source)
+        probes = config.online_probe
+        scores = frozen_scores(run.accelerator, extractor, splits, size, config.knn_images, config.num_workers, probes)
+        found = {"knn_accuracy": scores.knn, "probe_accuracy": scores.probe}
+        return {name: values["encoder"] for name, values in found.items() if values}
 
 
 def open_sources(config: PretrainConfig) -> tuple[ImageSource, ImageSource | None]:
     """The training images and, if there is a labelled split for it, those that kNN classifies."""
-    where = (config.dataset_config, config.streaming, config.image_column, config.label_column)
-    train_source = open_source(config.dataset, config.split, *where, max_images=config.max_images)
-    splits = available_splits(config.dataset, config.dataset_config)
-    eval_split = config.eval_split or next((name for name in ("validation", "test") if name in splits), None)
-    if config.knn_images == 0 or train_source.label_column is None or eval_split is None:
-        return train_source, None
-    return train_source, open_source(config.dataset, eval_split, *where)
+    source, split = open_split(config, config.split, config.max_images), evaluation_split(config)
+    if config.knn_images == 0 or source.label_column is None or split is None:
+        return source, None
+    return source, open_split(config, split)
 
 
 def untrained_model(config: PretrainConfig) -> MiclForPreTraining:
@@ -124,67 +105,43 @@ def untrained_model(config: PretrainConfig) -> MiclForPreTraining:
     return MiclForPreTraining(config.model_config())
 
 
-def start_accelerator(config: PretrainConfig) -> Accelerator:
-    """Processes, precision and trackers.
-
-    Raises:
-        ValueError: if a tracker is not installed, or fp16 is asked for without a GPU; accelerate itself would pass
-            over both in silence.
-    """
-    missing = set(config.trackers()) - {str(tracker) for tracker in get_available_trackers()}
-    if missing:
-        raise ValueError(
-            f"report_to={config.report_to!r}: {sorted(missing)} not installed (or unknown to accelerate)."
-        )
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.trackers() or None,
-        project_dir=config.output_dir,
-    )
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision='fp16' needs a GPU, for its loss scaling: use 'bf16' or 'no' on the CPU.")
-    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
-        # Launchers leave a process one thread, however many cores there are.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    return accelerator
-
-
 def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSource) -> Run:
     """Build the model and the optimiser, or restore them from the newest checkpoint."""
-    plan = make_plan(config, source.num_images, accelerator.num_processes)
+    contrasted_images = config.contrasted_images(accelerator.num_processes)
     model = untrained_model(config)
-    if accelerator.device.type == "cpu":
-        model.set_attn_implementation("eager")  # on short sequences the fused kernel's backward pass is slower
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable()
     optimizer = build_optimizer(model, config.weight_decay, (config.adam_beta1, config.adam_beta2))
-    run = Run(config, accelerator, source, plan, *accelerator.prepare(model, optimizer))
-    resume_run(run)
-    accelerator.print(summary(run))
-    settings = {key: str(value) for key, value in config.to_dict().items()}  # TensorBoard takes no lists and no None
-    accelerator.init_trackers("pretrain", settings)
+    run = Run.start(config, accelerator, source, model, optimizer)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    seen = visible_patches_per_view(model.config.num_patches, config.mask_ratio, config.num_views)
+    about = {
+        "model": f"{parameters / 1e6:.1f} M parameters, {gigaflop_per_image(model.config):.3g} GFLOP per image",
+        "views": f"{config.num_views} of {seen} patches each, out of {model.config.num_patches}",
+        "global_batch_size": f"{contrasted_images} images contrasted together ({config.negatives} negatives)",
+    }
+    accelerator.print(summary(run, about))
     return run
 
 
-def finish(run: Run, log: Logger, eval_source: ImageSource | None) -> None:
+def finish(run: Run, config: PretrainConfig, log: Logger, eval_source: ImageSource | None) -> None:
     """Write the portable model, evaluate it, write its eval.json and the figures, and print the table."""
-    config, accelerator = run.config, run.accelerator
+    accelerator, folder = run.accelerator, run.folder / "model"
     untrained, trained = untrained_model(config).to(accelerator.device), run.unwrapped()
+    assert isinstance(trained, MiclForPreTraining)
     if accelerator.is_main_process:
-        save_model(trained, run.folder / "model")
+        save_model(trained, folder)
         save_figures(run.folder, untrained, trained, eval_source or run.source)
     if eval_source:
         splits = (run.source, eval_source)
         scores = final_scores(accelerator, untrained, trained, splits, config.knn_images, config.num_workers)
-        log.write_evaluation(lambda: {"knn_accuracy": scores.accuracies[TRAINED]} if scores.accuracies else {})
+        log.write_evaluation(lambda: {"knn_accuracy": scores.knn[TRAINED]} if scores.knn else {})
         if accelerator.is_main_process:
-            write_results(run.folder / "model", knn_results(scores, config.dataset, splits, config.seed))
-        accelerator.print(table(scores))
+            add_results(folder, knn_results(scores, config, splits))
+        accelerator.print(knn_table(scores))
     if accelerator.is_main_process:
-        write_card(run, run.folder / "model")
+        negatives = config.contrasted_images(accelerator.num_processes)
+        write_card("template.md", run, folder, contrasted_images=negatives)
         save_curves(run.folder / "figures" / "curves.png", read_metrics(run.folder / "metrics.jsonl"))
-    accelerator.print(f"model: {run.folder / 'model'}, figures: {run.folder / 'figures'}")
+    accelerator.print(f"model: {folder}, figures: {run.folder / 'figures'}")
     accelerator.end_training()
 
 
@@ -195,29 +152,17 @@ def main(config: PretrainConfig) -> None:
         source, eval_source = open_sources(config)
     run = start_run(config, accelerator, source)
     stop = StopRequest()
-    log = Logger(run, stop)
-
-    def evaluate() -> dict[str, float]:
-        if eval_source is None:
-            return {}
-        extractor = {"knn_accuracy": encoder_features(run.unwrapped().vit.eval(), accelerator)}
-        size = height_and_width(run.unwrapped().config.image_size)
-        splits = (source, eval_source)
-        return knn_scores(accelerator, extractor, splits, size, config.knn_images, config.num_workers).accuracies
-
-    try:
-        completed = train(run, log, stop, evaluate)
-    finally:
-        log.bar.close()
+    alarm = CollapseAlarm(config.contrasted_images(accelerator.num_processes))
+    with Logger(run, stop, "pre-training", alarm.check) as log:
+        completed = train(run, Contrast(run, config, eval_source), log, stop)
     if completed:
-        finish(run, log, eval_source)
+        finish(run, config, log, eval_source)
     else:
-        accelerator.print(f"Stopped at step {run.progress.step}, all saved: the same command continues from there.")
-        accelerator.end_training()
+        log.say_stopped()
 
 
 if __name__ == "__main__":
     try:
-        main(parse_pretrain_config())
+        main(parse_settings(PretrainConfig, "training.pretrain"))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"training.pretrain: {error}")

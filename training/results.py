@@ -17,24 +17,28 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from modeling_micl import MiclConfig, MiclForPreTraining
 from modeling_micl.configuration_micl import height_and_width
 from training.checkpoint import replace_folder
+from training.config import DataSettings, PretrainConfig
 from training.data import Batch, EvaluationImages, batches
 from training.features import (
     BASELINES,
     Extractor,
     encoder_features,
     extract_features,
-    knn_accuracy,
     normalize_pixels,
     with_centred_pixels,
 )
 from training.figures import save_similarities, save_views
 from training.images import central_crop
+from training.judge import fit_probe, knn_accuracy
 from training.monitor import provenance
 from training.source import ImageSource
 
 
 KNN_PROTOCOL = "kNN, k=20, cosine, votes weighted by exp(cosine / 0.07), [CLS] of the whole central crop"
 TRAINED = "encoder after training"
+METRICS = {"top1_accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
+# Parts of an entry of eval.json that may differ between two measurements of the same thing.
+MEASURED = {"value", "command", "hardware", "versions", "details"}
 FIGURE_ROWS = 6
 SIMILARITY_IMAGES = 64
 
@@ -65,46 +69,102 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     image_processor(model.config).save_pretrained(unfinished)
-    write_results(unfinished, [])
+    add_results(unfinished, [])
     replace_folder(unfinished, folder)
 
 
-def write_results(folder: Path, results: list[dict[str, Any]]) -> None:
-    """Write a portable folder's eval.json: the results, and the hardware and library versions they come from."""
-    unfinished = folder / ".tmp-eval.json"
-    unfinished.write_text(json.dumps({"results": results} | provenance(), indent=2) + "\n")
-    unfinished.replace(folder / "eval.json")
+def add_results(folder: Path, results: list[dict[str, Any]]) -> None:
+    """Add entries to a folder's eval.json; one that measures the same thing as an older one takes its place."""
+    file, unfinished = folder / "eval.json", folder / ".tmp-eval.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    old = json.loads(file.read_text())["results"] if file.exists() else []
+    measured = [_what(entry) for entry in results]
+    kept = [entry for entry in old if _what(entry) not in measured]
+    unfinished.write_text(json.dumps({"results": kept + results}, indent=2) + "\n")
+    unfinished.replace(file)
+
+
+def _what(entry: dict[str, Any]) -> dict[str, Any]:
+    """What an entry of eval.json measures, without the outcome."""
+    return {key: value for key, value in entry.items() if key not in MEASURED}
+
+
+def result(
+    program: str,
+    settings: DataSettings,
+    test: ImageSource,
+    num_test_images: int,
+    *,
+    protocol: str,
+    value: float,
+    metric: str = "top-1 accuracy",
+    seed: int = 0,
+    **more: Any,
+) -> dict[str, Any]:
+    """An entry of eval.json, with all that is needed to repeat and to judge it.
+
+    Args:
+        program: entry point, for the command.
+        settings: that the dataset comes from.
+        test: the images that were classified.
+        num_test_images: how many of them.
+        protocol: how, in words.
+        value: of the metric; accuracies in [0, 1].
+        metric: its name.
+        seed: of everything random in it.
+        **more: what else tells this measurement from others; `details` says how it came about.
+    """
+    return {
+        "task": "image-classification",
+        "protocol": protocol,
+        "metric": metric,
+        "value": value,
+        "dataset": settings.dataset,
+        "dataset_config": settings.dataset_config,
+        "split": test.split,
+        "fingerprint": test.fingerprint,
+        "num_test_images": num_test_images,
+        "max_images": settings.max_images,
+        "seed": seed,
+        **more,
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
+        **provenance(),
+    }
 
 
 @dataclass
-class KnnScores:
+class FrozenScores:
     """Top-1 accuracies in [0, 1] by the features' name, and the labelled images they come from."""
 
-    accuracies: dict[str, float]
+    knn: dict[str, float]
+    probe: dict[str, float]
     num_train_images: int
     num_test_images: int
 
 
-def knn_scores(
+def frozen_scores(
     accelerator: Accelerator,
     extractors: dict[str, Extractor],
     splits: tuple[ImageSource, ImageSource],
     size: tuple[int, int],
     max_images: int,
     num_workers: int,
-) -> KnnScores:
-    """Judge each extractor's features: the first split votes, the second is classified.
+    with_probe: bool = False,
+) -> FrozenScores:
+    """Judge each extractor's features: the first split votes or is learned from, the second is classified.
 
     There are no accuracies if one of the splits has no labels.
     """
     train, test = (extract_features(accelerator, split, extractors, size, max_images, num_workers) for split in splits)
     train, test = with_centred_pixels(train, test)
-    accuracies = {
-        name: knn_accuracy(train.features[name], train.labels, test.features[name], test.labels)
-        for name in train.features
-        if len(train.labels) and len(test.labels)
-    }
-    return KnnScores(accuracies, len(train.labels), len(test.labels))
+    scores = FrozenScores({}, {}, len(train.labels), len(test.labels))
+    for name in train.features if len(train.labels) and len(test.labels) else ():
+        votes, queries = train.features[name], test.features[name]
+        scores.knn[name] = knn_accuracy(votes, train.labels, queries, test.labels)
+        if with_probe:
+            probe = fit_probe(votes, train.labels, int(train.labels.max()) + 1)
+            scores.probe[name] = float((probe.scores(queries).argmax(dim=1) == test.labels).float().mean())
+    return scores
 
 
 def final_scores(
@@ -114,47 +174,51 @@ def final_scores(
     splits: tuple[ImageSource, ImageSource],
     max_images: int,
     num_workers: int,
-) -> KnnScores:
+) -> FrozenScores:
     """Judge features that learn nothing, and those of the encoder before and after training."""
     extractors = BASELINES | {
         "encoder before training": encoder_features(untrained.vit.eval(), accelerator),
         TRAINED: encoder_features(trained.vit.eval(), accelerator),
     }
     size = height_and_width(trained.config.image_size)
-    return knn_scores(accelerator, extractors, splits, size, max_images, num_workers)
+    return frozen_scores(accelerator, extractors, splits, size, max_images, num_workers)
 
 
 def knn_results(
-    scores: KnnScores, dataset: str, splits: tuple[ImageSource, ImageSource], seed: int
+    scores: FrozenScores, config: PretrainConfig, splits: tuple[ImageSource, ImageSource]
 ) -> list[dict[str, Any]]:
-    """Entries of eval.json, each with all that is needed to repeat and to judge it."""
+    """Entries of eval.json at the end of pre-training."""
     train, test = splits
     return [
-        {
-            "task": "image-classification",
-            "protocol": KNN_PROTOCOL,
-            "features": name,
-            "metric": "top-1 accuracy",
-            "value": accuracy,
-            "dataset": dataset,
-            "num_train_images": scores.num_train_images,
-            "num_test_images": scores.num_test_images,
-            "train_fingerprint": train.fingerprint,
-            "test_fingerprint": test.fingerprint,
-            "seed": seed,
-            "command": shlex.join(["python", "-m", "training.pretrain", *sys.argv[1:]]),
-        }
-        for name, accuracy in scores.accuracies.items()
+        result(
+            "training.pretrain",
+            config,
+            test,
+            scores.num_test_images,
+            protocol=KNN_PROTOCOL,
+            value=accuracy,
+            seed=config.seed,
+            features=name,
+            train_split=train.split,
+            train_fingerprint=train.fingerprint,
+            num_train_images=scores.num_train_images,
+        )
+        for name, accuracy in scores.knn.items()
     ]
 
 
-def table(scores: KnnScores) -> str:
-    """A table for people."""
-    if not scores.accuracies:
+def knn_table(scores: FrozenScores) -> str:
+    """A table of the final scores of pre-training."""
+    if not scores.knn:
         return "no kNN accuracy: the images have no labels"
-    width = max(map(len, scores.accuracies))
-    lines = [f"kNN accuracy on {scores.num_test_images} test images (top-1, k = 20)"]
-    return "\n".join(lines + [f"  {name:<{width}}  {accuracy:6.1%}" for name, accuracy in scores.accuracies.items()])
+    title = f"kNN accuracy on {scores.num_test_images} test images (top-1, k = 20)"
+    return table(title, {name: f"{accuracy:6.1%}" for name, accuracy in scores.knn.items()})
+
+
+def table(title: str, rows: dict[str, str]) -> str:
+    """A table for people: a title, then a name and its values in each line."""
+    width = max(map(len, rows), default=0)
+    return "\n".join([title, *(f"  {name:<{width}}  {values}" for name, values in rows.items())])
 
 
 @torch.no_grad()

@@ -1,14 +1,18 @@
-"""A pre-training run: what follows from its settings, how far it is, and how it is saved, resumed and interrupted."""
+"""A training run: what follows from its settings, how far it is, and how it is saved, resumed and interrupted."""
 
+import os
 import signal
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from modeling_micl import MiclForPreTraining, visible_patches_per_view
+from modeling_micl import MiclForImageClassification, MiclForPreTraining
 from training.checkpoint import (
     find_defect,
     load_checkpoint,
@@ -17,10 +21,43 @@ from training.checkpoint import (
     save_checkpoint,
     set_aside_later,
 )
-from training.config import PretrainConfig
-from training.monitor import gigaflop_per_image
+from training.config import TrainingSettings
 from training.optim import learning_rate, scaled_learning_rate
 from training.source import ImageSource
+
+
+Model = MiclForPreTraining | MiclForImageClassification
+
+
+def start_accelerator(config: TrainingSettings) -> Accelerator:
+    """Processes, precision and trackers.
+
+    Raises:
+        ValueError: if a tracker is not installed, or fp16 is asked for without a GPU; accelerate itself would pass
+            over both in silence.
+    """
+    missing = set(config.trackers()) - {str(tracker) for tracker in get_available_trackers()}
+    if missing:
+        raise ValueError(
+            f"report_to={config.report_to!r}: {sorted(missing)} not installed (or unknown to accelerate)."
+        )
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.trackers() or None,
+        project_dir=config.output_dir,
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision='fp16' needs a GPU, for its loss scaling: use 'bf16' or 'no' on the CPU.")
+    use_all_cores(accelerator)
+    return accelerator
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """On the CPU share out the cores: launchers leave a process one thread, however many there are."""
+    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // accelerator.num_processes))
 
 
 @dataclass
@@ -28,23 +65,19 @@ class Plan:
     """What follows from the recipe, the data and the hardware."""
 
     forward_images: int  # images of one forward pass over all processes
-    contrasted_images: int  # images among which a view must find its own
     images_per_step: int  # images per optimiser step
     forwards_per_epoch: int
     total_steps: int  # optimiser steps of this run
     peak_lr: float
 
 
-def make_plan(config: PretrainConfig, num_images: int, processes: int) -> Plan:
+def make_plan(config: TrainingSettings, num_images: int, processes: int) -> Plan:
     """Derive the batch sizes, steps and learning rate.
 
     Raises:
-        ValueError: if a view would have no negatives, or the data do not fill one batch.
+        ValueError: if the data do not fill one batch, or one optimiser step.
     """
     forward_images = config.per_device_batch_size * processes
-    contrasted_images = forward_images if config.negatives == "global" else config.per_device_batch_size
-    if contrasted_images < 2:
-        raise ValueError("per_device_batch_size=1 leaves no negatives, and the loss would be 0: use at least 2.")
     if num_images < forward_images:
         raise ValueError(
             f"The {num_images} images do not fill one batch of {config.per_device_batch_size} on {processes} "
@@ -60,7 +93,6 @@ def make_plan(config: PretrainConfig, num_images: int, processes: int) -> Plan:
         )
     return Plan(
         forward_images=forward_images,
-        contrasted_images=contrasted_images,
         images_per_step=images_per_step,
         forwards_per_epoch=forwards_per_epoch,
         total_steps=min(total_steps, config.max_steps or total_steps),
@@ -68,18 +100,13 @@ def make_plan(config: PretrainConfig, num_images: int, processes: int) -> Plan:
     )
 
 
-def summary(run: "Run") -> str:
+def summary(run: "Run", about_the_model: dict[str, str]) -> str:
     """What the run is going to do, with everything that follows from its settings."""
-    config, plan, model = run.config, run.plan, run.unwrapped()
-    processes = run.accelerator.num_processes
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seen = visible_patches_per_view(model.config.num_patches, config.mask_ratio, config.num_views)
+    config, plan, processes = run.config, run.plan, run.accelerator.num_processes
     lines = {
         "data": f"{config.dataset}, {run.source.num_images:,} images in {len(run.source.lengths)} shards",
-        "model": f"{parameters / 1e6:.1f} M parameters, {gigaflop_per_image(model.config):.3g} GFLOP per image",
-        "views": f"{config.num_views} of {seen} patches each, out of {model.config.num_patches}",
+        **about_the_model,
         "per_device_batch_size": f"{config.per_device_batch_size} images, on {processes} processes",
-        "global_batch_size": f"{plan.contrasted_images} images contrasted together ({config.negatives} negatives)",
         "images per optimiser step": f"{plan.images_per_step} ({config.gradient_accumulation_steps} forward passes)",
         "learning rate": f"{plan.peak_lr:.3g} at its peak = {config.base_lr:g} × {plan.images_per_step} / 256",
         "steps": f"{plan.total_steps:,}, {plan.forwards_per_epoch / config.gradient_accumulation_steps:g} per epoch; "
@@ -103,13 +130,51 @@ class Progress:
 class Run:
     """Everything that the loop works with."""
 
-    config: PretrainConfig
+    config: TrainingSettings
     accelerator: Accelerator
     source: ImageSource
     plan: Plan
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    averaged: AveragedModel | None = None
     progress: Progress = field(default_factory=Progress)
+
+    @classmethod
+    def start(
+        cls,
+        config: TrainingSettings,
+        accelerator: Accelerator,
+        source: ImageSource,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        ema_decay: float | None = None,
+    ) -> "Run":
+        """Put the model to work, and go on from the newest checkpoint if there is one.
+
+        Args:
+            config: the run's settings.
+            accelerator: its processes.
+            source: the training images.
+            model: as training begins with it.
+            optimizer: of its parameters.
+            ema_decay: also keep a moving average of the weights with this decay.
+
+        Raises:
+            ValueError: if the data do not fill a batch, or the checkpoint is of a run with other settings.
+        """
+        plan = make_plan(config, source.num_images, accelerator.num_processes)
+        if accelerator.device.type == "cpu":
+            model.set_attn_implementation("eager")  # on short sequences the fused kernel's backward pass is slower
+        if config.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        run = cls(config, accelerator, source, plan, *accelerator.prepare(model, optimizer))
+        if ema_decay is not None:
+            run.averaged = AveragedModel(run.unwrapped(), multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+            accelerator.register_for_checkpointing(run.averaged)
+        resume_run(run)
+        settings = {key: str(value) for key, value in config.to_dict().items()}  # TensorBoard takes no lists, no None
+        accelerator.init_trackers("micl", settings)
+        return run
 
     @property
     def folder(self) -> Path:
@@ -130,12 +195,13 @@ class Run:
         """The rate of the optimiser step that the next forward pass belongs to."""
         started = self.progress.forwards - self.progress.forwards % self.config.gradient_accumulation_steps
         epoch = started / self.plan.forwards_per_epoch
-        return learning_rate(epoch, self.plan.peak_lr, self.config.warmup_epochs, self.config.epochs)
+        config = self.config
+        return learning_rate(epoch, self.plan.peak_lr, config.warmup_epochs, config.epochs, config.min_lr)
 
-    def unwrapped(self) -> MiclForPreTraining:
+    def unwrapped(self) -> Model:
         """The model itself."""
         model = self.accelerator.unwrap_model(self.model)
-        assert isinstance(model, MiclForPreTraining)
+        assert isinstance(model, Model)
         return model
 
 
@@ -184,7 +250,7 @@ def _restore(run: Run, checkpoint: Path) -> None:
         "forward_images": run.plan.forward_images,
     }
     then = {**state["config"], "data": state["data"], "forward_images": state["forward_images"]}
-    differing = [k for k in now if k not in PretrainConfig.CHANGEABLE and now[k] != then.get(k)]
+    differing = [k for k in now if k not in run.config.CHANGEABLE and now[k] != then.get(k)]
     if differing:
         changes = ", ".join(f"{key}: {then.get(key)!r} → {now[key]!r}" for key in differing)
         raise ValueError(

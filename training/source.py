@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,15 @@ import datasets
 import fsspec
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetNotFoundError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from training.config import DataSettings
 from training.photos import photo_crops
 
 
 Row = dict[str, Any]
 DEMONSTRATION = "photos"
+_SPLIT_WORDS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 
 
 @dataclass
@@ -29,16 +34,24 @@ class ImageSource:
         lengths: rows in each shard of the stream; one number for a map-style dataset.
         image_column: column of `rows` with undecoded images.
         label_column: column with integer labels, None if there are none.
+        columns: names of all columns that the dataset has.
+        split: name of the split.
         class_names: names of the labels, None if the data does not tell.
         fingerprint: changes when files, row counts or columns change.
+        version: changes also when a file is written anew or the Hub has a new commit.
+        files: the Parquet files behind the shards, None if they are something else.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
     lengths: list[int]
     image_column: str
     label_column: str | None
+    columns: list[str]
     class_names: list[str] | None
+    split: str
     fingerprint: str
+    version: str
+    files: list[str] | None = None
 
     @property
     def num_images(self) -> int:
@@ -88,12 +101,14 @@ def open_source(
             streams but folders of images, which are on disk already.
         image_column: the only image column when unset.
         label_column: the only class label column when unset, if there is one.
-        max_images: use only the first so many rows.
+        max_images: use only so many rows, from all over the split.
 
     Raises:
         ValueError: if the dataset, the split or a column does not exist, naming what there is.
     """
     builder = _find_builder(str(photo_crops()) if dataset == DEMONSTRATION else dataset, dataset_config)
+    if builder.name == "imagefolder":
+        _check_none_left_out(Path(dataset).expanduser(), builder)
     streaming = streaming if streaming is not None else builder.name != "imagefolder"
     try:
         if streaming:
@@ -107,18 +122,52 @@ def open_source(
         raise ValueError(f"The dataset {dataset!r} has no split {split!r}: {error}") from None
     image_column = _image_column(rows.features, image_column)
     label_column = _label_column(rows.features, label_column)
+    columns = sorted(rows.features)
     names = getattr(rows.features[label_column], "names", None) if label_column else None
     rows = rows.select_columns([column for column in (image_column, label_column) if column])
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     if max_images is not None and isinstance(rows, datasets.Dataset):
-        rows = rows.select(range(min(max_images, len(rows))))
-    lengths = [len(rows)] if isinstance(rows, datasets.Dataset) else _shard_lengths(rows, _files_of(builder, split))
+        kept = min(max_images, len(rows))
+        rows = rows.select([number * len(rows) // kept for number in range(kept)])
+    files = _files_of(builder, split)
+    parquet = bool(files) and all(file.endswith(".parquet") for file in files)
+    if isinstance(rows, datasets.Dataset):
+        lengths = [len(rows)]
+    else:
+        parquet = parquet and len(files) == rows.num_shards
+        lengths = _parquet_lengths(files) if parquet else _count_rows(rows)
     if max_images is not None:
-        lengths = _first(lengths, max_images)
+        lengths = first_rows(lengths, max_images)
     if sum(lengths) == 0:
         raise ValueError(f"The split {split!r} of {dataset!r} is empty: check --dataset and --split.")
-    fingerprint = _fingerprint(_files_of(builder, split), lengths, rows.features)
-    return ImageSource(rows, lengths, image_column, label_column, names, fingerprint)
+    fingerprint = _fingerprint(files, lengths, rows.features)
+    origin = getattr((builder.config.data_files or {}).get(split), "origin_metadata", None)
+    return ImageSource(
+        rows=rows,
+        lengths=lengths,
+        image_column=image_column,
+        label_column=label_column,
+        columns=columns,
+        class_names=names,
+        split=split,
+        fingerprint=fingerprint,
+        version=_digest([fingerprint, origin]),
+        files=files if parquet else None,
+    )
+
+
+def open_split(settings: DataSettings, split: str, max_images: int | None = None) -> ImageSource:
+    """Open a split of the dataset that the settings name; see `open_source`."""
+    where = (settings.dataset_config, settings.streaming, settings.image_column, settings.label_column)
+    return open_source(settings.dataset, split, *where, max_images=max_images)
+
+
+def evaluation_split(settings: DataSettings) -> str | None:
+    """The split to evaluate on: the one that is asked for, else 'validation' or 'test' if there is one."""
+    if settings.eval_split:
+        return settings.eval_split
+    splits = available_splits(settings.dataset, settings.dataset_config)
+    return next((name for name in ("validation", "test") if name in splits), None)
 
 
 def available_splits(dataset: str, dataset_config: str | None = None) -> list[str]:
@@ -156,6 +205,31 @@ def _find_builder(dataset: str, config: str | None) -> datasets.DatasetBuilder:
         ) from error
 
 
+def _check_none_left_out(folder: Path, builder: datasets.DatasetBuilder) -> None:
+    """Raise a ValueError if words in the names of files or classes were taken for those of splits.
+
+    The library looks for `train`, `test`, `val` and the like in the whole path, so that a class "train" beside "bus",
+    or one "test-7.png", would be all there is.
+    """
+    groups = [path for path in folder.iterdir() if path.is_dir() and _SPLIT_WORDS.intersection(_words(path.name))]
+    if any(path.is_dir() for group in groups for path in group.iterdir()):
+        return  # folders of splits that hold folders of classes
+    used = {Path(file) for files in (builder.config.data_files or {}).values() for file in files}
+    images = {path.resolve() for path in folder.rglob("*") if path.suffix.lower() in ImageFolder.EXTENSIONS}
+    left_out = sorted(images - {path.resolve() for path in used})
+    if left_out and used:
+        example = next(iter(used)).relative_to(folder)
+        raise ValueError(
+            f"{len(left_out)} of the {len(images)} images in --dataset {folder} would be left out, as "
+            f"{left_out[0].name}, because a word in names as {example} is taken for the name of a split: move "
+            f"everything into {folder / 'train'}, or rename."
+        )
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z]+", name.lower())
+
+
 def _files_of(builder: datasets.DatasetBuilder, split: str) -> list[str]:
     files = builder.config.data_files or {}
     return [str(file) for file in files.get(split, [])]
@@ -185,11 +259,14 @@ def _label_column(features: datasets.Features, asked: str | None) -> str | None:
     return labels[0] if len(labels) == 1 else None
 
 
-def _shard_lengths(rows: datasets.IterableDataset, files: Sequence[str]) -> list[int]:
-    """Rows of every shard: from the footers of Parquet files, else by reading through the shards once."""
-    if len(files) == rows.num_shards and all(file.endswith(".parquet") for file in files):
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(_parquet_rows, files))
+def _parquet_lengths(files: Sequence[str]) -> list[int]:
+    """Rows of every file, from the footers."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(_parquet_rows, files))
+
+
+def _count_rows(rows: datasets.IterableDataset) -> list[int]:
+    """Rows of every shard, by reading through all of them once."""
     shards = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
     return [sum(1 for _ in shard) for shard in shards]
 
@@ -199,15 +276,17 @@ def _parquet_rows(file: str) -> int:
         return int(pq.read_metadata(opened).num_rows)
 
 
-def _first(lengths: list[int], max_images: int) -> list[int]:
-    """Lengths of the leading shards that hold the first `max_images` rows; the others become empty."""
-    kept: list[int] = []
-    for length in lengths:
-        kept.append(min(length, max_images - sum(kept)))
-    return kept
+def first_rows(lengths: list[int], max_images: int) -> list[int]:
+    """Rows to take from the head of each shard, in proportion to its length, to get so many in all."""
+    kept, ends = min(max_images, sum(lengths)), [0, *accumulate(lengths)]
+    shares = [end * kept // max(ends[-1], 1) for end in ends]
+    return [after - before for before, after in pairwise(shares)]
 
 
 def _fingerprint(files: Sequence[str], lengths: Sequence[int], features: datasets.Features) -> str:
     names = [file if "://" in file else Path(file).name for file in files]
-    facts = json.dumps([names, list(lengths), str(features)])
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return _digest([names, list(lengths), str(features)])
+
+
+def _digest(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

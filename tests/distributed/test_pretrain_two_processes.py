@@ -53,6 +53,11 @@ class Finished:
         entries = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return [entry[name] for entry in entries if "loss" in entry]
 
+    def online(self) -> list[dict[str, float]]:
+        """What was found by the evaluations during training."""
+        entries = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [entry for entry in entries if "probe_accuracy" in entry]
+
     def results(self) -> dict[str, Any]:
         """The values in eval.json, by features."""
         results = json.loads((self.folder / "model" / "eval.json").read_text())["results"]
@@ -67,6 +72,7 @@ def train(folder: Path, name: str, processes: int, negatives: str) -> Finished:
         **{"per_device_batch_size": 16 // processes, "epochs": 3, "warmup_epochs": 1, "base_lr": 0.05},
         **{"max_steps": STEPS, "mixed_precision": "no", "logging_steps": 1, "report_to": "none"},
         **{"num_workers": 0, "shuffle_window": 8, "negatives": negatives, "knn_images": 50},
+        **{"knn_epochs": 1, "online_probe": "true"},
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "training.pretrain"]
@@ -128,6 +134,13 @@ def test_two_processes_share_the_evaluation(name: str, runs: dict[str, Finished]
     }
     if name == "global":
         assert several[learned] == pytest.approx(one[learned], abs=1.5 / 31)
+
+
+def test_two_processes_share_the_evaluations_during_training(runs: dict[str, Finished]) -> None:
+    one, several = runs["one"].online(), runs["global"].online()
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in several] == [0, 7]
+    assert one[0] == several[0]  # before training
+    assert one[1] == pytest.approx(several[1], abs=1.5 / 31)
 
 
 @pytest.mark.parametrize("name", ["global", "local"])

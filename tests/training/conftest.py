@@ -3,6 +3,7 @@
 import io
 import logging
 import signal
+import tarfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,18 +87,52 @@ def write_image_folder(tmp_path: Path) -> Callable[[int], Path]:
     return write
 
 
+@pytest.fixture
+def write_tars(tmp_path: Path, write_image_folder: Callable[[int], Path]) -> Callable[..., Path]:
+    """Write WebDataset tars of these lengths; the pictures are numbered through."""
+
+    def write(*lengths: int) -> Path:
+        pictures = sorted(write_image_folder(sum(lengths)).rglob("*.png"), key=lambda path: path.name)
+        folder = tmp_path / "tars"
+        folder.mkdir()
+        for shard, length in enumerate(lengths):
+            with tarfile.open(folder / f"train-{shard:04d}.tar", "w") as tar:
+                for number in range(sum(lengths[:shard]), sum(lengths[:shard]) + length):
+                    tar.add(pictures[number], f"{number:06d}.png")
+                    label = tarfile.TarInfo(f"{number:06d}.cls")
+                    label.size = len(str(number % 2))
+                    tar.addfile(label, io.BytesIO(str(number % 2).encode()))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def write_columns(tmp_path: Path) -> Callable[..., str]:
+    """Write one Parquet file with these columns, each given as values and type."""
+
+    def write(**columns: tuple[list[Any], Any]) -> str:
+        features = datasets.Features({name: kind for name, (_, kind) in columns.items()})
+        values = {name: values for name, (values, _) in columns.items()}
+        path = tmp_path / "columns.parquet"
+        datasets.Dataset.from_dict(values, features=features).to_parquet(path)
+        return str(path)
+
+    return write
+
+
 def forget_accelerators() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 @pytest.fixture
-def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate keeps its state in globals, and a run takes over Ctrl-C."""
+def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Accelerate keeps its state in globals, and a run takes over Ctrl-C; yields what forgets it between two runs."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     forget_accelerators()
-    yield
+    yield forget_accelerators
     forget_accelerators()
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,7 +1,8 @@
-"""Settings: recipes, flags, and mistakes in either."""
+"""Settings: their ranges, what follows from them, and the recipes."""
 
 import json
 import math
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,150 +10,16 @@ from typing import Any
 import pytest
 
 from training import config as config_module
-from training.config import PretrainConfig, parse_pretrain_config
+from training.config import FinetuneConfig, PretrainConfig, ProbeConfig, TrainingSettings
+from training.parser import parse_settings
 
 
-RECIPES = sorted((Path(config_module.__file__).parent / "recipes").glob("[!f]*.yaml"))  # not finetune_*
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Any:
-    """Write a recipe; returns the flags that read it."""
-
-    def write(text: str) -> list[str]:
-        (tmp_path / "recipe.yaml").write_text(text)
-        return ["--config", str(tmp_path / "recipe.yaml")]
-
-    return write
-
-
-def refusal(capsys: pytest.CaptureFixture[str], flags: list[str]) -> str:
-    """The one line that says why these flags are refused."""
-    with pytest.raises(SystemExit) as stopped:
-        parse_pretrain_config(flags)
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("training.pretrain: ")
-    assert message.count("\n") == 1, message
-    return message
-
-
-def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe: Any) -> None:
-    flags = recipe("epochs: 17\nseed: 3\nimage_size: [96, 64]\nreport_to: none\n")
-    config = parse_pretrain_config([*flags, "--seed", "5"])
-    assert (config.epochs, config.seed, config.image_size, config.report_to) == (17, 5, [96, 64], "none")
-    assert config.per_device_batch_size == PretrainConfig.per_device_batch_size
-    assert parse_pretrain_config(["--seed", "5", *flags]) == config
-
-
-def test_without_flags_the_defaults_are_the_released_ones() -> None:
-    config = parse_pretrain_config([])
-    assert config == PretrainConfig()
-    released = (0.9, 0.07, 1 / 64, 5e-5, 0.05, 0.9, 0.95, 200, 10, 0.2)
-    assert released == (
-        *(config.mask_ratio, config.temperature, config.kappa, config.base_lr, config.weight_decay),
-        *(config.adam_beta1, config.adam_beta2, config.epochs, config.warmup_epochs, config.crop_min_scale),
-    )
-
-
-@pytest.mark.parametrize(
-    ("line", "value"),
-    [
-        ("base_lr: 5e-5", 5e-5),  # a string to YAML
-        ("base_lr: 1", 1.0),
-        ("temperature: 0.1", 0.1),
-        ("horizontal_flip: false", False),
-        ("horizontal_flip: no", False),
-        ("image_size: 128", [128]),
-        ("patch_size: [16, 32]", [16, 32]),
-        ("max_steps: null", None),
-        ("max_grad_norm:", None),
-        ("epochs: null", 200),
-        ("dataset: a folder/with spaces", "a folder/with spaces"),
-        ("dataset: -odd", "-odd"),
-        ("mixed_precision: bf16", "bf16"),
-        ("similarity: cosine", "cosine"),
-        ("streaming: true", True),
-        ("streaming: false", False),
-        ("streaming: null", None),
-    ],
-)
-def test_a_recipe_gives_values_of_the_right_type(line: str, value: Any, recipe: Any) -> None:
-    found = getattr(parse_pretrain_config(recipe(line)), line.split(":")[0])
-    assert (found, type(found)) == (value, type(value))
-
-
-def test_precision_no_can_be_written_in_a_recipe_without_quotes(recipe: Any) -> None:
-    assert parse_pretrain_config(recipe("mixed_precision: no")).mixed_precision == "no"
-
-
-@pytest.mark.parametrize(
-    ("flags", "value"),
-    [
-        ([], None),
-        (["--streaming"], True),
-        (["--streaming", "true"], True),
-        (["--streaming=False"], False),
-        (["--no-streaming"], False),
-        (["--no_streaming"], False),
-    ],
-)
-def test_streaming_has_three_states(flags: list[str], value: bool | None, recipe: Any) -> None:
-    assert parse_pretrain_config(flags).streaming is value
-    if flags:
-        assert parse_pretrain_config([*recipe(f"streaming: {not value}"), *flags]).streaming is value
-
-
-@pytest.mark.parametrize(
-    ("key", "nearest"), [("mask_ration", "mask_ratio"), ("device_batch_size", "per_device_batch_size")]
-)
-def test_an_unknown_name_is_refused_with_the_nearest_valid_one(
-    key: str, nearest: str, recipe: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    in_recipe = refusal(capsys, recipe(f"epochs: 3\n{key}: 1\n"))
-    assert key in in_recipe
-    assert repr(nearest) in in_recipe
-    assert "recipe.yaml" in in_recipe
-    for flags in ([f"--{key}", "1"], [f"--{key}=1"], [f"--{key.replace('_', '-')}", "1"]):
-        assert repr(nearest) in refusal(capsys, flags)
-
-
-def test_an_unknown_name_like_no_other_points_to_the_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--help" in refusal(capsys, ["--xyzzy", "1"])
-    assert "stray" in refusal(capsys, ["stray"])
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        *("epochs: 1.5", "epochs: many", "seed: yes", "mask_ratio: abc", "max_steps: 1e3", "horizontal_flip: perhaps"),
-        *("image_size: big", "image_size: [64, big]", "similarity: euclid", "negatives: all", "mixed_precision: fp8"),
-        *("streaming: perhaps", "base_lr: {a: 1}"),
-    ],
-)
-def test_a_value_of_a_wrong_type_is_refused_and_named(
-    line: str, recipe: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert line.split(":")[0] in refusal(capsys, recipe(line)).replace("unknown flag", "")
-
-
-def test_a_list_where_one_value_belongs_is_refused_and_named(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "base_lr" in refusal(capsys, recipe("base_lr: [1, 2]"))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "just words", "- a\n- b"),
-        *("epochs: [1\nseed: 2", "a: b: c"),
-    ],
-)
-def test_a_file_that_is_no_recipe_is_refused(text: str, recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "recipe.yaml" in refusal(capsys, recipe(text))
-
-
-def test_a_missing_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nowhere.yaml" in refusal(capsys, ["--config", "nowhere.yaml"])
+RECIPES = sorted((Path(config_module.__file__).parent / "recipes").glob("*.yaml"))
+KINDS: dict[str, type[TrainingSettings]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "linear_probe": ProbeConfig,
+}
 
 
 IMPOSSIBLE = {
@@ -228,10 +95,6 @@ def test_warmup_must_end_before_training_does() -> None:
         PretrainConfig(epochs=10).validate()
 
 
-def test_an_impossible_setting_stops_the_command_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "warmup_epochs" in refusal(capsys, ["--epochs", "3"])
-
-
 def test_resume_takes_an_existing_folder(tmp_path: Path) -> None:
     PretrainConfig(resume=str(tmp_path)).validate()
 
@@ -248,11 +111,71 @@ def test_the_model_gets_the_settings() -> None:
     assert (built.kappa, built.mask_ratio, built.negatives) == (0.1, 0.9, "local")
 
 
-def test_what_may_change_on_resuming_are_settings_that_exist() -> None:
-    names = {field.name for field in fields(PretrainConfig)}
-    assert names >= PretrainConfig.CHANGEABLE
-    must_stay = {"dataset", "seed", "base_lr", "epochs", "mask_ratio", "per_device_batch_size", "negatives"}
-    assert not must_stay & PretrainConfig.CHANGEABLE
+def test_the_pool_of_negatives_is_the_batch_of_one_process_or_of_all() -> None:
+    assert PretrainConfig(per_device_batch_size=8).contrasted_images(2) == 8
+    assert PretrainConfig(per_device_batch_size=8, negatives="global").contrasted_images(2) == 16
+
+
+def test_a_batch_without_negatives_is_refused() -> None:
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match="per_device_batch_size=1 leaves no negatives"):
+            PretrainConfig(per_device_batch_size=1).contrasted_images(processes)
+    assert PretrainConfig(per_device_batch_size=1, negatives="global").contrasted_images(2) == 2
+
+
+IMPOSSIBLE_IN_FINETUNING = {
+    "eval_epochs": -1,
+    "erasing_probability": 1.5,
+    "mixup_alpha": -0.1,
+    "cutmix_alpha": -1,
+    "label_smoothing": 1.0,
+    "drop_path_rate": 1.0,
+    "layer_decay": 0.0,
+    "min_lr": -1e-9,
+    "ema_decay": 1.0,
+    "per_device_batch_size": 127,
+    "epochs": 0,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE_IN_FINETUNING.items(), ids=IMPOSSIBLE_IN_FINETUNING)
+def test_an_impossible_value_is_refused_in_finetuning_too(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name) as refused:
+        FinetuneConfig(model="somewhere", **{name: value}).validate()
+    assert str(value) in str(refused.value)
+
+
+def test_an_odd_batch_is_refused_only_where_images_are_paired() -> None:
+    for unpaired in ({"mixup_alpha": 0}, {"cutmix_alpha": 0}):
+        with pytest.raises(ValueError, match="per_device_batch_size=7 must be even"):
+            FinetuneConfig(model="somewhere", per_device_batch_size=7, **unpaired).validate()
+    FinetuneConfig(model="somewhere", per_device_batch_size=7, mixup_alpha=0, cutmix_alpha=0).validate()
+
+
+def test_a_classifier_needs_an_encoder_to_start_from() -> None:
+    for kind in (FinetuneConfig, ProbeConfig):
+        with pytest.raises(ValueError, match="model is not set.*--model"):
+            kind().validate()
+
+
+def test_the_published_probe_takes_cls_only() -> None:
+    with pytest.raises(ValueError, match="features='mean' goes with protocol='fast' only"):
+        ProbeConfig(model="somewhere", protocol="published", features="mean").validate()
+    ProbeConfig(model="somewhere", protocol="fast", features="mean").validate()
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_what_may_change_on_resuming_are_settings_that_exist(kind: type[TrainingSettings]) -> None:
+    names = {field.name for field in fields(kind)}
+    assert names >= kind.CHANGEABLE
+    must_stay = {"dataset", "seed", "base_lr", "min_lr", "epochs", "per_device_batch_size"}
+    must_stay |= {"mask_ratio", "negatives", "model", "random_init", "layer_decay", "ema_decay"}
+    assert not must_stay & kind.CHANGEABLE
+
+
+def test_labels_may_change_on_resuming_only_where_they_are_not_learned() -> None:
+    assert "label_column" in PretrainConfig.CHANGEABLE
+    assert "label_column" not in FinetuneConfig.CHANGEABLE | ProbeConfig.CHANGEABLE
 
 
 def test_settings_survive_json() -> None:
@@ -265,7 +188,10 @@ def test_recipes_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_valid(path: Path) -> None:
-    config = parse_pretrain_config(["--config", str(path)])
-    assert config != PretrainConfig()
+def test_every_recipe_is_valid_for_the_program_that_it_names(path: Path) -> None:
+    command = re.search(rf"-m training\.(\w+) --config training/recipes/{path.name}", path.read_text())
+    assert command, "the header gives no command"
+    kind = KINDS[command[1]]
+    config = parse_settings(kind, f"training.{command[1]}", ["--config", str(path)])
+    assert config != kind()
     assert Path(config.output_dir).name == path.stem

@@ -1,7 +1,6 @@
-"""Features and kNN, against loops and numbers by hand."""
+"""Features against loops and numbers by hand, and their cache."""
 
-import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,71 +13,28 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from modeling_micl import MiclModel, MiclPreTrainedModel
+from modeling_micl import MiclForImageClassification, MiclForPreTraining, MiclModel, MiclPreTrainedModel
+from training.data import Batch
 from training.features import (
     LabelledFeatures,
+    cached_features,
     colour_histogram,
     encoder_features,
     extract_features,
-    knn_accuracy,
     normalize_pixels,
     raw_pixels,
+    weights_digest,
     with_centred_pixels,
 )
 from training.source import open_source
 
 
 Write = Callable[..., Path]
+Model = Callable[..., MiclPreTrainedModel]
 
 
 def random_pixels(*shape: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
-
-
-def knn_in_loops(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, t: float) -> float:
-    correct = 0
-    for query, label in zip(test.double(), test_labels.tolist(), strict=True):
-        cosines = [float(query @ row / (query.norm() * row.norm())) for row in train.double()]
-        votes: dict[int, float] = defaultdict(float)
-        for i in sorted(range(len(cosines)), key=lambda i: -cosines[i])[:k]:
-            votes[int(train_labels[i])] += math.exp(cosines[i] / t)
-        correct += max(votes, key=lambda c: votes[c]) == label
-    return correct / len(test_labels)
-
-
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.07), (20, 1.0), (60, 0.2)])
-def test_knn_is_what_loops_give(k: int, temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    train, test = (torch.randn(n, 6, generator=generator) for n in (60, 80))
-    train_labels, test_labels = (torch.randint(0, 5, (n,), generator=generator) for n in (60, 80))
-    train[:, 0] += train_labels
-    test[:, 0] += test_labels
-    expected = knn_in_loops(train, train_labels, test, test_labels, k, temperature)
-    assert 0.05 < expected < 0.95
-    assert knn_accuracy(train, train_labels, test, test_labels, k, temperature) == pytest.approx(expected)
-    longer = 100 * torch.rand(60, 1, generator=generator) + 1  # length does not count
-    assert knn_accuracy(train * longer, train_labels, test, test_labels, k, temperature) == pytest.approx(expected)
-
-
-def test_knn_by_hand() -> None:
-    """One voter at cosine 0.96 for class 0 against two at 0.8 for class 1: near wins when sharp, many when not."""
-    train = torch.tensor([[0.96, 0.28], [0.8, 0.6], [0.8, -0.6], [-1.0, 0.0]])
-    labels, query, truth = torch.tensor([0, 1, 1, 2]), torch.tensor([[2.0, 0.0]]), torch.tensor([0])
-    assert knn_accuracy(train, labels, query, truth, k=3, temperature=0.07) == 1.0  # e^(0.16 / 0.07) = 9.8 > 2
-    assert knn_accuracy(train, labels, query, truth, k=3, temperature=0.5) == 0.0  # e^(0.16 / 0.5) = 1.4 < 2
-    assert knn_accuracy(train, labels, query, truth, k=1, temperature=0.5) == 1.0
-
-
-def test_fewer_voters_than_asked_for_all_vote() -> None:
-    train, labels = torch.eye(3), torch.tensor([0, 1, 2])
-    assert knn_accuracy(train, labels, torch.eye(3), labels, k=20) == 1.0
-
-
-def test_knn_goes_through_many_queries() -> None:
-    test_labels = torch.arange(2500) % 3
-    assert knn_accuracy(torch.eye(3), torch.arange(3), torch.eye(3)[test_labels], test_labels, k=1) == 1.0
-    half_wrong = torch.where(torch.arange(2500) < 1250, test_labels, 7)  # a class that nobody votes for
-    assert knn_accuracy(torch.eye(3), torch.arange(3), torch.eye(3)[test_labels], half_wrong, k=1) == 0.5
 
 
 def test_pixels_are_normalised_as_imagenets() -> None:
@@ -127,8 +83,8 @@ def accelerator(no_accelerator: None) -> Accelerator:
     return Accelerator(mixed_precision="no")
 
 
-def mean_colour(pixels: Tensor) -> Tensor:
-    return pixels.float().mean(dim=(1, 2))
+def mean_colour(batch: Batch) -> Tensor:
+    return batch.pixels.float().mean(dim=(1, 2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -139,11 +95,11 @@ def test_features_come_in_the_order_of_the_data(
     source = open_source(str(write_shards(150, 7, 13)), streaming=streaming)
     found = extract_features(accelerator, source, {"colour": mean_colour}, (16, 20), 1000, workers)
     assert found.labels.tolist() == [index % 4 for index in range(170)]
-    means = [mean_colour_of(source, index) for index in range(170)]
+    means = [mean_colour_of(index) for index in range(170)]
     torch.testing.assert_close(found.features["colour"], torch.tensor(np.array(means)), atol=1e-3, rtol=0)
 
 
-def mean_colour_of(source: object, index: int) -> np.ndarray:
+def mean_colour_of(index: int) -> np.ndarray:
     coarse = np.random.default_rng(index).integers(0, 256, (4, 5, 3), dtype=np.uint8)  # as in conftest
     picture = Image.fromarray(coarse).resize((20, 16), Image.Resampling.BICUBIC)
     return np.asarray(picture, np.float32).mean(axis=(0, 1))
@@ -162,11 +118,151 @@ def test_unlabelled_images_are_left_out(tmp_path: Path, accelerator: Accelerator
     assert found.features["colour"][:, 0].tolist() == [0, 80, 160]
 
 
-def test_encoder_features_are_the_class_token_of_the_whole_image(
-    tiny_model: Callable[..., MiclPreTrainedModel], accelerator: Accelerator
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_broken_images_gives_no_features(
+    workers: int, write_shards: Write, accelerator: Accelerator
+) -> None:
+    source = open_source(str(write_shards(5, broken=range(5))))
+    found = extract_features(accelerator, source, {"colour": mean_colour}, (8, 8), None, workers)
+    assert len(found.labels) == len(found.features["colour"]) == 0
+
+
+def test_extractors_see_labels_and_numbers_of_the_images(write_shards: Write, accelerator: Accelerator) -> None:
+    extractors = {"index": lambda batch: batch.index[:, None], "label": lambda batch: batch.labels[:, None]}
+    source = open_source(str(write_shards(150, 7)))
+    found = extract_features(accelerator, source, extractors, (8, 8), None, 0)
+    assert found.features["index"].flatten().tolist() == list(range(157))
+    assert torch.equal(found.features["label"].flatten(), found.labels)
+
+
+# What a model tells
+
+
+def batch_of(pixels: Tensor) -> Batch:
+    return Batch(pixels, torch.zeros(len(pixels), dtype=torch.int64), torch.arange(len(pixels)), [])
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Three images that fit the small models."""
+    return batch_of(random_pixels(3, 32, 32))
+
+
+@torch.no_grad()
+def test_encoder_features_are_the_class_token_of_the_whole_image_or_its_patches_mean(
+    tiny_model: Model, accelerator: Accelerator, batch: Batch
 ) -> None:
     model = tiny_model(MiclModel)
-    pixels = random_pixels(3, 32, 32)
+    tokens = model(normalize_pixels(batch.pixels)).last_hidden_state
+    assert torch.equal(encoder_features(model, accelerator)(batch), tokens[:, 0])
+    assert torch.equal(encoder_features(model, accelerator, "cls")(batch), tokens[:, 0])
+    torch.testing.assert_close(encoder_features(model, accelerator, "mean")(batch), tokens[:, 1:].mean(dim=1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_classifier_pools_as_it_was_built(
+    pooling: str, tiny_model: Model, accelerator: Accelerator, batch: Batch
+) -> None:
+    model = tiny_model(MiclForImageClassification, num_labels=5, classifier_pooling=pooling)
+    logits = model(normalize_pixels(batch.pixels)).logits
+    for asked in ("cls", "mean"):
+        assert torch.equal(encoder_features(model, accelerator, asked)(batch), logits)
+
+
+def some_patches(batch: Batch) -> Tensor:
+    """Another row or column of patches for each image of a batch."""
+    return torch.tensor([[[0, 1, 2, 3]], [[15, 11, 7, 3]], [[4, 5, 6, 7]]])[batch.index % 3]
+
+
+@torch.no_grad()
+def test_an_encoder_can_be_shown_a_part_of_the_patches(
+    tiny_model: Model, accelerator: Accelerator, batch: Batch
+) -> None:
+    model, ids_visible = tiny_model(MiclModel), some_patches(batch)
+    tokens = model(normalize_pixels(batch.pixels), ids_visible).last_hidden_state
+    for pooling, expected in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(dim=1))):
+        found = encoder_features(model, accelerator, pooling, views=some_patches)(batch)
+        assert found.shape == (3, 32)
+        torch.testing.assert_close(found, expected)
+    classifier = tiny_model(MiclForImageClassification, num_labels=5)
+    logits = classifier(normalize_pixels(batch.pixels), ids_visible=ids_visible).logits
+    torch.testing.assert_close(encoder_features(classifier, accelerator, views=some_patches)(batch), logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [MiclModel, MiclForImageClassification])
+def test_features_are_in_full_precision_also_under_autocast(
+    kind: type[MiclPreTrainedModel], tiny_model: Model, no_accelerator: Callable[[], None], batch: Batch
+) -> None:
+    model = tiny_model(kind)
+    exact = encoder_features(model, Accelerator(mixed_precision="no"))(batch)
+    no_accelerator()
+    found = encoder_features(model, Accelerator(mixed_precision="bf16"))(batch)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.1)
+
+
+def test_extracting_needs_no_gradients(tiny_model: Model, accelerator: Accelerator, write_shards: Write) -> None:
+    extractors = {"encoder": encoder_features(tiny_model(MiclModel), accelerator)}
+    found = extract_features(accelerator, open_source(str(write_shards(3))), extractors, (32, 32), None, 0)
+    assert not found.features["encoder"].requires_grad
+
+
+# The cache
+
+
+class Extraction:
+    """Counts how often it is asked, and never gives the same twice."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> LabelledFeatures:
+        self.times += 1
+        return LabelledFeatures({"cls": torch.rand(5, 3), "mean": torch.rand(3, 5).T}, torch.arange(5) % 2)
+
+
+def assert_same(some: LabelledFeatures, others: LabelledFeatures) -> None:
+    assert some.features.keys() == others.features.keys()
+    assert all(torch.equal(some.features[name], others.features[name]) for name in some.features)
+    assert torch.equal(some.labels, others.labels)
+
+
+def test_features_are_extracted_once_for_each_key(tmp_path: Path, accelerator: Accelerator) -> None:
+    extract, folder = Extraction(), tmp_path / "deep" / "cache"
+    first = cached_features(accelerator, folder, ["weights", "train", None, 3], extract)
+    again = cached_features(accelerator, folder, ["weights", "train", None, 3], extract)
+    assert extract.times == 1
+    assert_same(first, again)
+    for times, key in enumerate((["weights", "test", None, 3], ["others", "train", None, 3], ["weights"]), start=2):
+        other = cached_features(accelerator, folder, key, extract)
+        assert extract.times == times
+        assert not torch.equal(other.features["cls"], first.features["cls"])
+        assert_same(cached_features(accelerator, folder, key, extract), other)
+    assert_same(cached_features(accelerator, folder, ["weights", "train", None, 3], extract), first)
+    assert extract.times == 4
+
+
+def test_an_extraction_that_fails_leaves_no_cache(tmp_path: Path, accelerator: Accelerator) -> None:
+    def fail() -> LabelledFeatures:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        cached_features(accelerator, tmp_path, ["key"], fail)
+    extract = Extraction()
+    cached_features(accelerator, tmp_path, ["key"], extract)
+    assert extract.times == 1
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_the_digest_tells_other_weights_and_other_models(tiny_model: Model) -> None:
+    digest = weights_digest(tiny_model(MiclModel))
+    assert weights_digest(tiny_model(MiclModel)) == digest
+    changed = tiny_model(MiclModel)
     with torch.no_grad():
-        expected = model(normalize_pixels(pixels)).last_hidden_state[:, 0]
-        assert torch.equal(encoder_features(model, accelerator)(pixels), expected)
+        changed.layers[1].mlp.fc2.bias[-1].add_(1e-6)
+    others = [weights_digest(changed), weights_digest(tiny_model(MiclModel, layer_norm_eps=1e-5))]
+    others += [weights_digest(tiny_model(MiclForPreTraining)), weights_digest(tiny_model(MiclModel).half())]
+    assert len({digest, *others}) == 5

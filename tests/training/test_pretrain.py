@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_folder import course, same_weights, saved_steps
+from run_folder import course, saved_steps
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoImageProcessor
@@ -23,7 +23,8 @@ from modeling_micl import MiclModel
 from training import pretrain
 from training.checkpoint import newest_checkpoint, read_state
 from training.config import PretrainConfig
-from training.features import knn_accuracy, normalize_pixels
+from training.features import normalize_pixels
+from training.judge import knn_accuracy
 from training.log import read_metrics
 
 
@@ -70,7 +71,7 @@ def test_a_run_leaves_a_folder_to_resume_and_one_to_share(labelled_run: tuple[Pa
         assert all(math.isfinite(value) for value in entry.values())
 
     results = json.loads((run / "model" / "eval.json").read_text())
-    assert {"hardware", "versions", "results"} == results.keys()
+    assert results.keys() == {"results"}
     by_name = {result["features"]: result for result in results["results"]}
     assert len(by_name) == 5
     printed_values = dict(re.findall(r"^  (\S.*?)  +(\d+\.\d)%$", printed, flags=re.MULTILINE))
@@ -78,7 +79,7 @@ def test_a_run_leaves_a_folder_to_resume_and_one_to_share(labelled_run: tuple[Pa
     for result in by_name.values():
         assert (result["num_train_images"], result["num_test_images"], result["seed"]) == (60, 50, 0)
         assert "k=20" in result["protocol"]
-        assert result["command"]
+        assert {"dataset", "split", "fingerprint", "command", "hardware", "versions"} <= result.keys()
     assert by_name["encoder after training"]["value"] == entries[-1]["knn_accuracy"]
     assert by_name["encoder before training"]["value"] == entries[0]["knn_accuracy"]
 
@@ -122,16 +123,18 @@ def test_without_labels_there_is_no_evaluation(
     assert (run / "figures" / "views.png").exists()
 
 
-@pytest.mark.parametrize("labels", ["absent", "all -1"])
+@pytest.mark.parametrize("labels", ["absent", "all -1", "of broken images"])
 def test_an_unlabelled_test_split_does_not_cost_the_model(
     labels: str, write_shards: Write, settings: Settings, run_pretraining: Train
 ) -> None:
     """The Hub's test splits often have no labels, or -1 for all."""
-    test = next(write_shards(10, split="test").rglob("*.parquet"))
+    broken = range(10) if labels == "of broken images" else ()
+    test = next(write_shards(10, split="test", broken=broken).rglob("*.parquet"))
     write_shards(16)
     rows = datasets.Dataset.from_parquet(str(test))
-    rows = rows.remove_columns("label") if labels == "absent" else rows.map(lambda _: {"label": -1})
-    rows.to_parquet(test)
+    if labels != "of broken images":
+        rows = rows.remove_columns("label") if labels == "absent" else rows.map(lambda _: {"label": -1})
+        rows.to_parquet(test)
     run = run_pretraining(settings(epochs=2, knn_images=10))
     assert (run / "model" / "model.safetensors").exists()
 
@@ -154,17 +157,6 @@ def test_the_split_for_knn_is_found(
     _, evaluated = pretrain.open_sources(settings(eval_split=asked, knn_images=10))
     assert (evaluated.num_images if evaluated else None) == chosen
     assert pretrain.open_sources(settings(eval_split=asked, knn_images=0))[1] is None
-
-
-def test_evaluating_does_not_disturb_training(
-    write_shards: Write, settings: Settings, run_pretraining: Train, tmp_path: Path
-) -> None:
-    write_shards(20)
-    write_shards(10, split="test")
-    without = run_pretraining(settings(output_dir=str(tmp_path / "without"), epochs=3))
-    with_knn = run_pretraining(settings(output_dir=str(tmp_path / "with"), epochs=3, knn_images=10, knn_epochs=1))
-    assert course(without) == course(with_knn)
-    assert same_weights(without, with_knn)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from run_folder import course, same_weights
 from torch import Tensor
 
-from training import pretrain
+from training import loop, pretrain
+from training import run as run_module
 from training.checkpoint import newest_checkpoint
 from training.config import PretrainConfig
 from training.optim import learning_rate
@@ -28,18 +29,18 @@ ROOT = Path(__file__).parents[2]
 def test_a_plan_follows_from_settings_data_and_processes(settings: Settings) -> None:
     config = settings(per_device_batch_size=8, gradient_accumulation_steps=3, epochs=5, base_lr=0.1)
     plan = make_plan(config, num_images=100, processes=2)
-    assert (plan.forward_images, plan.contrasted_images, plan.images_per_step) == (16, 8, 48)
+    assert (plan.forward_images, plan.images_per_step) == (16, 48)
     assert (plan.forwards_per_epoch, plan.total_steps) == (6, 10)
     assert plan.peak_lr == pytest.approx(0.1 * 48 / 256)
-    assert make_plan(settings(negatives="global"), 100, 2).contrasted_images == 16
     assert make_plan(settings(max_steps=4), 100, 2).total_steps == 4
     assert make_plan(settings(max_steps=4000), 100, 2).total_steps == 48
 
 
-def test_a_batch_without_negatives_is_refused(settings: Settings) -> None:
+def test_a_batch_without_negatives_is_refused(write_shards: Write, settings: Settings, run_pretraining: Train) -> None:
+    write_shards(20)
     with pytest.raises(ValueError, match="per_device_batch_size=1 leaves no negatives"):
-        make_plan(settings(per_device_batch_size=1), 100, 2)
-    assert make_plan(settings(per_device_batch_size=1, negatives="global"), 100, 2).contrasted_images == 2
+        run_pretraining(settings(per_device_batch_size=1))
+    assert not Path(settings().output_dir, "metrics.jsonl").exists()
 
 
 def test_too_few_images_are_refused(write_shards: Write, settings: Settings, run_pretraining: Train) -> None:
@@ -60,7 +61,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(
     for tracker in ("nonsense", "tensorboard,nonsense"):
         with pytest.raises(ValueError, match="'nonsense'.*not installed"):
             run_pretraining(settings(dataset="no/such/folder", report_to=tracker))
-    monkeypatch.setattr(pretrain, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(run_module, "get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match="'wandb'.*not installed"):
         run_pretraining(settings(dataset="no/such/folder", report_to="tensorboard, wandb"))
 
@@ -124,13 +125,13 @@ def test_accumulation_steps_once_for_several_forward_passes(
 ) -> None:
     write_shards(40)
     rates: list[float] = []
-    original = pretrain.set_learning_rate
+    original = loop.set_learning_rate
 
     def spy(optimizer: torch.optim.Optimizer, rate: float) -> None:
         rates.append(rate)
         original(optimizer, rate)
 
-    monkeypatch.setattr(pretrain, "set_learning_rate", spy)
+    monkeypatch.setattr(loop, "set_learning_rate", spy)
     run = run_pretraining(settings(epochs=4, gradient_accumulation_steps=3))
     peak = 0.02 * 24 / 256
     assert [step for step, *_ in course(run)] == list(range(1, 7))  # 4 × 5 passes, the last two make no step

@@ -1,0 +1,198 @@
+"""A model folder's eval.json, and the scores of frozen features."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from modeling_micl import MiclForPreTraining, MiclPreTrainedModel
+from training import results
+from training.config import DataSettings
+from training.data import Batch
+from training.features import BASELINES
+from training.results import add_results, frozen_scores, knn_table, result, save_model, table
+from training.source import ImageSource, open_source
+
+
+Write = Callable[..., Path]
+Entry = dict[str, Any]
+
+
+def entry(value: float, **differing: Any) -> Entry:
+    """A measurement; the value, where and with what it was measured do not tell it from others."""
+    facts = {"protocol": "kNN", "dataset": "pictures", "seed": 0, "label_share": 1.0, "features": "cls"}
+    measured = {"value": value, "command": f"try {value}", "hardware": {"cpu": value}, "versions": {"torch": value}}
+    return facts | measured | {"details": {"rate": value}} | differing
+
+
+def held(folder: Path) -> list[Entry]:
+    entries: list[Entry] = json.loads((folder / "eval.json").read_text())["results"]
+    return entries
+
+
+# eval.json
+
+
+def test_the_first_results_make_the_folder_and_the_file(tmp_path: Path) -> None:
+    folder = tmp_path / "some" / "where"
+    add_results(folder, [entry(0.5)])
+    assert held(folder) == [entry(0.5)]
+    assert [path.name for path in folder.iterdir()] == ["eval.json"]
+
+
+def test_no_results_change_nothing(tmp_path: Path) -> None:
+    add_results(tmp_path, [])
+    assert held(tmp_path) == []
+    add_results(tmp_path, [entry(0.5)])
+    add_results(tmp_path, [])
+    assert held(tmp_path) == [entry(0.5)]
+
+
+def test_a_measurement_takes_the_place_of_an_older_one_of_the_same_thing(tmp_path: Path) -> None:
+    add_results(tmp_path, [entry(0.5), entry(0.6, seed=1)])
+    add_results(tmp_path, [entry(0.7)])
+    assert held(tmp_path) == [entry(0.6, seed=1), entry(0.7)]
+    add_results(tmp_path, [entry(0.7)])
+    assert held(tmp_path) == [entry(0.6, seed=1), entry(0.7)]
+
+
+@pytest.mark.parametrize(
+    "differing",
+    [
+        *({"protocol": "probe"}, {"dataset": "others"}, {"seed": 1}, {"label_share": 0.1}),
+        *({"features": "mean"}, {"task": "segmentation"}, {"corruption": "fog"}),
+    ],
+    ids=str,
+)
+def test_other_measurements_are_kept_beside_it(differing: Entry, tmp_path: Path) -> None:
+    add_results(tmp_path, [entry(0.5)])
+    add_results(tmp_path, [entry(0.5, **differing)])
+    assert held(tmp_path) == [entry(0.5), entry(0.5, **differing)]
+
+
+def test_numbers_that_json_changes_still_tell_the_same_thing(tmp_path: Path) -> None:
+    for _ in range(2):
+        add_results(tmp_path, [entry(0.5, label_share=0.1 + 0.2, kappa=1 / 3, max_images=None, classes=["à", "b"])])
+    assert len(held(tmp_path)) == 1
+
+
+def test_a_crash_while_writing_leaves_the_old_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_results(tmp_path, [entry(0.5)])
+    write = Path.write_text
+
+    def crash(self: Path, text: str) -> int:
+        write(self, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", crash)
+        with pytest.raises(KeyboardInterrupt):
+            add_results(tmp_path, [entry(0.7)])
+    assert held(tmp_path) == [entry(0.5)]
+    add_results(tmp_path, [entry(0.7)])
+    assert held(tmp_path) == [entry(0.7)]
+
+
+def test_a_new_model_starts_without_results(tmp_path: Path, tiny_model: Callable[..., MiclPreTrainedModel]) -> None:
+    for _ in range(2):
+        save_model(tiny_model(MiclForPreTraining), tmp_path / "model")
+        assert held(tmp_path / "model") == []
+        add_results(tmp_path / "model", [entry(0.5)])
+
+
+def test_an_entry_has_all_that_is_needed_to_repeat_it(write_shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["somewhere.py", "--dataset", "my pictures", "--seed", "3"])
+    settings = DataSettings(dataset="my pictures", dataset_config="small", max_images=7)
+    source = open_source(str(write_shards(5, split="test")), "test")
+    found = result("training.knn", settings, source, 4, protocol="p", value=0.25, seed=3, label_share=0.1)
+    assert json.loads(json.dumps(found)) == found
+    about = {"dataset": "my pictures", "dataset_config": "small", "max_images": 7, "split": "test"}
+    about |= {"fingerprint": source.fingerprint, "num_test_images": 4, "seed": 3, "label_share": 0.1}
+    about |= {"protocol": "p", "value": 0.25, "metric": "top-1 accuracy", "task": "image-classification"}
+    about |= {"command": "python -m training.knn --dataset 'my pictures' --seed 3"}
+    assert {name: found[name] for name in about} == about
+    assert found.keys() - about.keys() == {"hardware", "versions"}
+
+
+def test_tables_are_aligned() -> None:
+    lines = table("accuracy", {"short": "1", "much longer": "2"}).splitlines()
+    assert lines == ["accuracy", "  short        1", "  much longer  2"]
+    assert table("nothing", {}) == "nothing"
+
+
+# Scores of frozen features
+
+
+@pytest.fixture
+def splits(write_shards: Write) -> tuple[ImageSource, ImageSource]:
+    """48 and 20 labelled images."""
+    write_shards(20, split="test")
+    folder = str(write_shards(30, 18))
+    return open_source(folder), open_source(folder, "test")
+
+
+def told(batch: Batch) -> Tensor:
+    """Labels, and noise."""
+    return torch.cat([torch.eye(4)[batch.labels], 0.1 * untold(batch)], dim=1)
+
+
+def untold(batch: Batch) -> Tensor:
+    return torch.randn(len(batch.labels), 5)
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_features_that_tell_the_labels_score_best(splits: tuple[ImageSource, ImageSource]) -> None:
+    torch.manual_seed(0)
+    extractors = {"told": told, "untold": untold}
+    scores = frozen_scores(Accelerator(), extractors, splits, (16, 16), 1000, 0, with_probe=True)
+    assert (scores.num_train_images, scores.num_test_images) == (48, 20)
+    for found in (scores.knn, scores.probe):
+        assert found.keys() == {"told", "untold"}
+        assert found["told"] > 0.8
+        assert found["untold"] < 0.6
+    assert frozen_scores(Accelerator(), extractors, splits, (16, 16), 1000, 0).probe == {}
+    assert "told" in knn_table(scores)
+    assert "100.0%" in knn_table(scores)
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_a_probe_is_fitted_to_images_of_the_first_split_only(
+    splits: tuple[ImageSource, ImageSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[tuple[Tensor, Tensor]] = []
+    fit = results.fit_probe
+
+    def spy(features: Tensor, labels: Tensor, *rest: Any) -> Any:
+        fitted.append((features, labels))
+        return fit(features, labels, *rest)
+
+    monkeypatch.setattr(results, "fit_probe", spy)
+    extractors = {"number": lambda batch: torch.cat([batch.index[:, None], batch.pixels[:, 0, 0]], dim=1).float()}
+    frozen_scores(Accelerator(), extractors, splits, (16, 16), 1000, 0, with_probe=True)
+    ((features, labels),) = fitted
+    assert features[:, 0].tolist() == list(range(48))
+    assert labels.tolist() == [number % 4 for number in range(48)]
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_baselines_come_with_mean_centred_pixels(splits: tuple[ImageSource, ImageSource]) -> None:
+    scores = frozen_scores(Accelerator(), BASELINES, splits, (16, 16), 30, 0)
+    assert scores.knn.keys() == {"mean-centred pixels", "raw pixels", "colour histogram"}
+    assert (scores.num_train_images, scores.num_test_images) == (30, 20)
+
+
+@pytest.mark.usefixtures("no_accelerator")
+@pytest.mark.parametrize("broken", ["train", "test"])
+def test_a_split_without_any_image_gives_no_scores(broken: str, write_shards: Write) -> None:
+    write_shards(12, split="test", broken=range(12) if broken == "test" else ())
+    folder = str(write_shards(12, broken=range(12) if broken == "train" else ()))
+    splits = (open_source(folder), open_source(folder, "test"))
+    scores = frozen_scores(Accelerator(), BASELINES, splits, (16, 16), 30, 0, with_probe=True)
+    assert scores.knn == scores.probe == {}
+    assert knn_table(scores) == "no kNN accuracy: the images have no labels"

@@ -1,0 +1,60 @@
+"""Fine-tune a pre-trained encoder for classification.
+
+`accelerate launch -m training.finetune --config training/recipes/finetune_photos.yaml --model runs/photos/model`
+"""
+
+import sys
+
+from training.augment import Augmentation
+from training.config import FinetuneConfig
+from training.log import Logger
+from training.loop import train
+from training.optim import layer_decay_optimizer
+from training.parser import parse_settings
+from training.run import Run, StopRequest, start_accelerator, summary
+from training.supervised import Classify, build_classifier, open_classes, save_classifier
+
+
+def main(config: FinetuneConfig) -> None:
+    """One run from its settings to its classifier."""
+    augmentation = Augmentation(
+        crop_min_scale=config.crop_min_scale,
+        horizontal_flip=config.horizontal_flip,
+        rand_augment=config.rand_augment,
+        erasing_probability=config.erasing_probability,
+        mixup_alpha=config.mixup_alpha,
+        cutmix_alpha=config.cutmix_alpha,
+        label_smoothing=config.label_smoothing,
+    )
+    accelerator = start_accelerator(config)
+    source, eval_source, names = open_classes(config, accelerator)
+    model = build_classifier(
+        config,
+        names,
+        config.new_head,
+        classifier_pooling=config.classifier_pooling,
+        drop_path_rate=config.drop_path_rate,
+    )
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = layer_decay_optimizer(model, config.weight_decay, config.layer_decay, betas)
+    run = Run.start(config, accelerator, source, model, optimizer, config.ema_decay)
+    start = "random weights" if config.random_init else config.model
+    accelerator.print(summary(run, {"model": f"{start}, {len(names)} classes, layer decay {config.layer_decay}"}))
+    stop = StopRequest()
+    task = Classify(run, config, augmentation, eval_source)
+    with Logger(run, stop, "fine-tuning") as log:
+        completed = train(run, task, log, stop)
+    if completed:
+        epochs = run.progress.forwards / run.plan.forwards_per_epoch
+        protocol = f"fine-tuning for {epochs:.3g} epochs from {'random weights' if config.random_init else 'MiCL'}"
+        save_classifier(task, task.judged(), log, "training.finetune", protocol)
+        accelerator.end_training()
+    else:
+        log.say_stopped()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_settings(FinetuneConfig, "training.finetune"))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"training.finetune: {error}")

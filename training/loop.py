@@ -1,0 +1,102 @@
+"""The training loop, the same for pre-training, fine-tuning and the published linear probe."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
+
+from modeling_micl.configuration_micl import height_and_width
+from training.data import Batch, TrainingBatches, TrainingOrder, batches
+from training.images import Transform
+from training.log import Logger
+from training.optim import set_learning_rate
+from training.run import Run, StopRequest, save_run
+
+
+class Task(ABC):
+    """What a run does with a batch.
+
+    Args:
+        run: the run.
+        eval_epochs: epochs between evaluations; 0 for none.
+    """
+
+    def __init__(self, run: Run, eval_epochs: int) -> None:
+        self.run, self.eval_epochs = run, eval_epochs
+
+    @abstractmethod
+    def transform(self, size: tuple[int, int]) -> Transform:
+        """The random crop to (height, width) pixels."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> ModelOutput:
+        """The model's output, with its loss, on this process's part of a global batch."""
+
+    def metrics(self, output: ModelOutput) -> dict[str, Tensor]:
+        """What to log of a batch beside the loss."""
+        return {}
+
+    def evaluate(self) -> dict[str, float]:
+        """Results to log, the same on every process."""
+        return {}
+
+
+def process_batches(run: Run, task: Task) -> Iterator[Batch]:
+    """This process's part of every global batch, from where the run stands, without end."""
+    config = run.config
+    order = TrainingOrder(run.source, run.plan.forward_images, config.seed, config.shuffle_window)
+    transform = task.transform(height_and_width(run.unwrapped().config.image_size))
+    places = TrainingBatches(order, transform, run.first_place, run.last_place, run.progress.forwards)
+    return batches(places, min(config.num_workers, config.per_device_batch_size))
+
+
+def forward_backward(run: Run, task: Task, batch: Batch, with_norm: bool) -> tuple[ModelOutput, Tensor | None]:
+    """One forward and backward pass, and the optimiser's step when it is due; the gradient's norm if asked for."""
+    config, accelerator = run.config, run.accelerator
+    grad_norm = None
+    with accelerator.accumulate(run.model):
+        output = task.forward(batch.to(accelerator.device))
+        accelerator.backward(output.loss)
+        if accelerator.sync_gradients and (config.max_grad_norm or with_norm):
+            grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
+        set_learning_rate(run.optimizer, run.learning_rate())
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    run.progress.forwards += 1
+    return output, grad_norm
+
+
+def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
+    """Train to the end of the plan; returns False if the run was asked to stop before, and is saved."""
+    config, accelerator, progress, total_steps = run.config, run.accelerator, run.progress, run.plan.total_steps
+    forwards = task.eval_epochs * run.plan.forwards_per_epoch
+    eval_every = max(forwards // config.gradient_accumulation_steps, 1) if forwards else 0  # optimiser steps
+    if eval_every and progress.step == 0:
+        log.write_evaluation(task.evaluate)
+    run.model.train()
+    for batch in process_batches(run, task) if progress.step < total_steps else ():
+        step = progress.step + 1  # the one that this pass belongs to
+        save_due = (
+            step % config.save_steps == 0 or step == total_steps or (stop.came and accelerator.num_processes == 1)
+        )
+        log_due = step % config.logging_steps == 0 or save_due
+        output, grad_norm = forward_backward(run, task, batch, with_norm=log_due)
+        log.add(batch, output.loss)
+        if not accelerator.sync_gradients:
+            continue
+        progress.step = step
+        if run.averaged is not None:
+            run.averaged.update_parameters(run.unwrapped())
+        stopping = log.write(task.metrics(output), grad_norm) if log_due else False
+        if save_due or stopping:
+            save_run(run)
+        if stopping:
+            return False
+        if eval_every and step % eval_every == 0 and step < total_steps:
+            log.write_evaluation(task.evaluate)
+            run.model.train()
+        if step == total_steps:
+            break
+    return True
