@@ -32,7 +32,7 @@ class Task(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> ModelOutput:
-        """The model's output, with its loss, on this process's part of a global batch."""
+        """The model's output, with its loss, on this process's part of a global batch, which is on the CPU still."""
 
     def metrics(self, output: ModelOutput) -> dict[str, Tensor]:
         """What to log of a batch beside the loss."""
@@ -57,7 +57,7 @@ def forward_backward(run: Run, task: Task, batch: Batch, with_norm: bool) -> tup
     config, accelerator = run.config, run.accelerator
     grad_norm = None
     with accelerator.accumulate(run.model):
-        output = task.forward(batch.to(accelerator.device))
+        output = task.forward(batch)
         accelerator.backward(output.loss)
         if accelerator.sync_gradients and (config.max_grad_norm or with_norm):
             grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)

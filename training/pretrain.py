@@ -66,7 +66,7 @@ class Contrast(Task):
 
     def forward(self, batch: Batch) -> MiclForPreTrainingOutput:
         """Draw the views and contrast them."""
-        run, pixels = self.run, normalize_pixels(batch.pixels)
+        run, pixels = self.run, normalize_pixels(batch.to(self.run.accelerator.device).pixels)
         num_patches = run.unwrapped().config.num_patches
         forwards, images = run.progress.forwards, run.plan.forward_images
         noise = view_noise(self.config.seed, forwards, images, num_patches, pixels.device)

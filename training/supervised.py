@@ -102,9 +102,9 @@ class Classify(Task):
     def forward(self, batch: Batch) -> ImageClassifierOutput:
         """Classify augmented images; everything random in it follows from seed, forward pass and process alone."""
         run, num_classes = self.run, self.run.unwrapped().config.num_labels
-        check_labels(batch.labels, num_classes, run.source.split)
+        check_labels(batch.labels, num_classes, run.source.split)  # on the CPU, where it does not wait for a device
         self._seed(run.progress.forwards)
-        pixels, targets = self.augmentation.loss_inputs(batch, num_classes)
+        pixels, targets = self.augmentation.loss_inputs(batch.to(run.accelerator.device), num_classes)
         logits = run.model(pixels).logits
         return ImageClassifierOutput(loss=self.augmentation.loss(logits, targets), logits=logits)
 

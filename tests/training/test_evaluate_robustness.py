@@ -242,7 +242,7 @@ def test_images_that_are_left_out_because_of_their_names_are_an_error(
     assert len(run(model, folder)) == 1
     for number, label in enumerate((1, 2)):
         image(number).save(folder / f"thing {label}" / f"0.1{number}_tank _ bullet train_0.4.png")
-    with pytest.raises(ValueError, match=r"only 2 of the 8 images .* like 'train' .* move the sub-folders to .*test"):
+    with pytest.raises(ValueError, match=r"6 of the 8 images .* would be left out.* move everything into .*train"):
         run(model, folder)
     (tmp_path / "moved").mkdir()
     folder.rename(tmp_path / "moved" / "test")

@@ -306,7 +306,7 @@ def test_the_command_prints_a_table_and_writes_itself_down(folder: Path) -> None
     assert "kNN accuracy of cls of the encoder on 30 images" in done.stdout
     for entry in entries:
         votes = entry["protocol"].split(", ")[3]
-        assert f"  {entry['label_share']:.0%} of the labels, {votes}" in done.stdout
+        assert f"  {100 * entry['label_share']:g} % of the labels, {votes}" in done.stdout
         assert f"{entry['value']:.1%}\n" in done.stdout
 
 
