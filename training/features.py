@@ -121,13 +121,16 @@ def extract_features(
     bar = tqdm(
         total=images.num_images, desc="evaluating", unit="image", leave=False, disable=not accelerator.is_main_process
     )
-    parts = []
+    parts, broken = [], list[str]()
     for batch in batches(images, num_workers):
         there = batch.to(accelerator.device)
         parts.append((batch.index, batch.labels, {name: f(there).cpu() for name, f in extractors.items()}))
         bar.update(len(batch.labels) * accelerator.num_processes)
+        broken += batch.broken
     bar.close()
-    parts = gather_object(parts)
+    parts, broken = gather_object(parts), gather_object(broken)
+    if broken:
+        accelerator.print(f"{len(broken)} broken images of {source.split!r} are not counted, as {broken[0]}")
     if not parts:  # all images are broken
         return LabelledFeatures({name: torch.empty(0, 1) for name in extractors}, torch.empty(0, dtype=torch.int64))
     order = torch.cat([index for index, _, _ in parts]).argsort()

@@ -127,6 +127,15 @@ def test_nothing_but_broken_images_gives_no_features(
     assert len(found.labels) == len(found.features["colour"]) == 0
 
 
+def test_broken_images_are_named_and_not_counted(
+    write_shards: Write, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = open_source(str(write_shards(9, broken=[2, 5])))
+    found = extract_features(accelerator, source, {"colour": mean_colour}, (8, 8), None, 0)
+    assert len(found.labels) == 7
+    assert "2 broken images of 'train' are not counted, as image 2 (picture-2.png)" in capsys.readouterr().out
+
+
 def test_extractors_see_labels_and_numbers_of_the_images(write_shards: Write, accelerator: Accelerator) -> None:
     extractors = {"index": lambda batch: batch.index[:, None], "label": lambda batch: batch.labels[:, None]}
     source = open_source(str(write_shards(150, 7)))
