@@ -11,7 +11,6 @@ from transformers import (
 )
 
 from .configuration_micl import MiclConfig
-from .convert_checkpoint import convert_official_state_dict
 from .losses import micl_loss, t_sp_similarity
 from .masking import sample_views, visible_patches_per_view
 from .modeling_micl import (
@@ -22,6 +21,7 @@ from .modeling_micl import (
     MiclModel,
     MiclPreTrainedModel,
 )
+from .parameter_names import convert_official_state_dict
 
 
 __version__ = "0.1.0"

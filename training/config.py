@@ -122,6 +122,10 @@ class PretrainConfig(TrainingSettings):
     hidden_size: int = setting(768, "width of the encoder")
     num_hidden_layers: int = setting(12, "depth of the encoder")
     num_attention_heads: int = setting(12, "attention heads of each layer")
+    layer_norm_eps: float = setting(1e-6, "added to the variance in every LayerNorm; stock ViT has 1e-12")
+    init_from: str | None = setting(
+        None, "start from the encoder of this MiCL or stock ViT (portable folder or Hub id) instead of random weights"
+    )
 
     mask_ratio: float = setting(0.9, "share of the patches that no view sees, in [0, 1)")
     num_views: int = setting(2, "disjoint views of each image, at least 2")
@@ -150,6 +154,7 @@ class PretrainConfig(TrainingSettings):
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             intermediate_size=4 * self.hidden_size,
+            layer_norm_eps=self.layer_norm_eps,
             mask_ratio=self.mask_ratio,
             num_views=self.num_views,
             temperature=self.temperature,
@@ -175,7 +180,7 @@ class PretrainConfig(TrainingSettings):
             if len(getattr(self, name)) not in (1, 2):
                 raise ValueError(f"{name} takes one number, or height and width, got {getattr(self, name)}.")
         self.model_config()
-        self._validate_at_least(0, "knn_epochs", "knn_images")
+        self._validate_at_least(0, "knn_epochs", "knn_images", "layer_norm_eps")
         self._validate_share("adam_beta1", "adam_beta2", one=False)
         if self.online_probe and (self.knn_epochs == 0 or self.knn_images < 10):
             raise ValueError(

@@ -169,8 +169,8 @@ def start_evaluation(settings: EvaluationSettings) -> Accelerator:
     return accelerator
 
 
-def read_config(model: str) -> MiclConfig:
-    """The configuration of a portable folder or Hub id.
+def read_config(model: str, option: str = "--model") -> MiclConfig:
+    """The configuration of a portable folder or Hub id that the user gave with this option.
 
     Raises:
         ValueError: if it cannot be read, or is that of another kind of model.
@@ -178,9 +178,9 @@ def read_config(model: str) -> MiclConfig:
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {model!r} is no folder with a model, and not on the Hub: {error}") from error
+        raise ValueError(f"{option} {model!r} is no folder with a model, and not on the Hub: {error}") from error
     if not isinstance(config, MiclConfig):
-        raise ValueError(f"--model {model!r} is a {config.model_type!r} model, not a 'micl' one.")
+        raise ValueError(f"{option} {model!r} is a {config.model_type!r} model, not a 'micl' one.")
     return config
 
 
@@ -203,31 +203,34 @@ def load_classifier(model: str) -> MiclForImageClassification:
     return loaded
 
 
-def load_encoder(model: str, add_final_norm: bool = True) -> MiclModel:
+def load_encoder(model: str, add_final_norm: bool = True, option: str = "--model") -> MiclModel:
     """The encoder of a stored model.
 
     Args:
         model: portable folder or Hub id.
         add_final_norm: False leaves out the final LayerNorm, for heads that normalise after pooling.
+        option: how the user gave it, for errors.
 
     Raises:
         ValueError: if some of its weights are missing, as they would be random.
     """
-    optional = "layernorm." if is_classifier(read_config(model)) or not add_final_norm else ()
-    loaded = _load(MiclModel, model, optional, add_final_norm=add_final_norm)
+    optional = "layernorm." if is_classifier(read_config(model, option)) or not add_final_norm else ()
+    loaded = _load(MiclModel, model, optional, option, add_final_norm=add_final_norm)
     assert isinstance(loaded, MiclModel)
     return loaded
 
 
-def _load(kind: type[PreTrainedModel], model: str, optional: str | tuple[()], **options: Any) -> PreTrainedModel:
+def _load(
+    kind: type[PreTrainedModel], model: str, optional: str | tuple[()], option: str = "--model", **options: Any
+) -> PreTrainedModel:
     """A stored model with all its weights but those whose names begin with `optional`."""
     try:
         loaded, info = kind.from_pretrained(model, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"--model {model!r}: its weights cannot be read: {error}") from error
+        raise ValueError(f"{option} {model!r}: its weights cannot be read: {error}") from error
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(optional))
     if missing:
-        raise ValueError(f"--model {model!r} lacks weights, as {missing[0]!r} ({len(missing)} in all).")
+        raise ValueError(f"{option} {model!r} lacks weights, as {missing[0]!r} ({len(missing)} in all).")
     assert isinstance(loaded, PreTrainedModel)
     return loaded
 

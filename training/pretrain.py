@@ -34,6 +34,7 @@ from training.results import (
 )
 from training.run import Run, StopRequest, start_accelerator, summary
 from training.source import ImageSource, evaluation_split, open_split
+from training.start import load_start, start_from
 
 
 def view_noise(seed: int, forward: int, images: int, num_patches: int, device: torch.device) -> Tensor:
@@ -100,7 +101,7 @@ def open_sources(config: PretrainConfig) -> tuple[ImageSource, ImageSource | Non
 
 
 def untrained_model(config: PretrainConfig) -> MiclForPreTraining:
-    """The model as the run starts with it; the same every time."""
+    """The model of the settings with random weights; the same every time."""
     set_seed(config.seed)
     return MiclForPreTraining(config.model_config())
 
@@ -111,6 +112,8 @@ def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSou
     model = untrained_model(config)
     optimizer = build_optimizer(model, config.weight_decay, (config.adam_beta1, config.adam_beta2))
     run = Run.start(config, accelerator, source, model, optimizer)
+    if config.init_from is not None and run.progress.step == 0:  # a resumed run has its checkpoint's weights
+        start_from(run, config.init_from)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     seen = visible_patches_per_view(model.config.num_patches, config.mask_ratio, config.num_views)
     about = {
@@ -125,14 +128,18 @@ def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSou
 def finish(run: Run, config: PretrainConfig, log: Logger, eval_source: ImageSource | None) -> None:
     """Write the portable model, evaluate it, write its eval.json and the figures, and print the table."""
     accelerator, folder = run.accelerator, run.folder / "model"
-    untrained, trained = untrained_model(config).to(accelerator.device), run.unwrapped()
+    trained = run.unwrapped()
     assert isinstance(trained, MiclForPreTraining)
     if accelerator.is_main_process:
         save_model(trained, folder)
-        save_figures(run.folder, untrained, trained, eval_source or run.source)
+    before = untrained_model(config).to(accelerator.device)
+    if config.init_from is not None:
+        load_start(before, config.init_from, run.folder)
+    if accelerator.is_main_process:
+        save_figures(run.folder, before, trained, eval_source or run.source)
     if eval_source:
         splits = (run.source, eval_source)
-        scores = final_scores(accelerator, untrained, trained, splits, config.knn_images, config.num_workers)
+        scores = final_scores(accelerator, before, trained, splits, config.knn_images, config.num_workers)
         log.write_evaluation(lambda: {"knn_accuracy": scores.knn[TRAINED]} if scores.knn else {})
         if accelerator.is_main_process:
             add_results(folder, knn_results(scores, config, splits))

@@ -249,7 +249,9 @@ def _restore(run: Run, checkpoint: Path) -> None:
         "data": run.source.fingerprint,
         "forward_images": run.plan.forward_images,
     }
-    then = {**state["config"], "data": state["data"], "forward_images": state["forward_images"]}
+    # A setting that came after the checkpoint had its default's effect then.
+    then = type(run.config)().to_dict() | state["config"]
+    then |= {"data": state["data"], "forward_images": state["forward_images"]}
     differing = [k for k in now if k not in run.config.CHANGEABLE and now[k] != then.get(k)]
     if differing:
         changes = ", ".join(f"{key}: {then.get(key)!r} → {now[key]!r}" for key in differing)

@@ -3,6 +3,7 @@
 The model keeps its own position table instead of loading the stored one: a wrong table must fail here.
 """
 
+import argparse
 import copy
 import hashlib
 import json
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from modeling_micl import MiclConfig, MiclForPreTraining, convert_official_state_dict, losses
 from modeling_micl import modeling_micl as modeling
-from modeling_micl.convert_checkpoint import official_parameter_names
+from modeling_micl.convert_checkpoint import convert, official_parameter_names
 
 
 FOLDER = Path(__file__).parent
@@ -78,6 +80,17 @@ def test_the_authors_numbers_are_reproduced(attention: str) -> None:
 
 def test_training_mode_changes_nothing() -> None:
     errors = parity_errors(golden_model().train(), GOLDEN)
+    assert {name: error for name, error in errors.items() if error > TOLERANCE[name]} == {}
+
+
+def test_the_authors_numbers_survive_the_way_through_files(tmp_path: Path) -> None:
+    """Written as the authors' program writes its checkpoints, converted, and loaded by name."""
+    settings = argparse.Namespace(mask_ratio=META["hf"]["mask_ratio"], batch_size=1800, resume="")
+    checkpoint = {"model": WEIGHTS, "optimizer": {"state": {}}, "epoch": 199, "scaler": {}, "args": settings}
+    torch.save(checkpoint, tmp_path / "checkpoint-199.pth")
+    convert(tmp_path / "checkpoint-199.pth", tmp_path / "out", num_attention_heads=META["hf"]["num_attention_heads"])
+    model = MiclForPreTraining.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    errors = parity_errors(model, GOLDEN)
     assert {name: error for name, error in errors.items() if error > TOLERANCE[name]} == {}
 
 
