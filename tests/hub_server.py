@@ -1,0 +1,229 @@
+"""A loopback Hub for the unmodified huggingface_hub client: repositories, commits, refs and LFS objects in memory.
+
+Point the client at it with HF_ENDPOINT=server.url and HF_HUB_DISABLE_XET=1. It follows the answers of huggingface.co
+as far as publishing and loading models need them.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+LARGE = (".safetensors", ".png")
+Answer = tuple[int, Any]
+
+
+@dataclass
+class Commit:
+    files: dict[str, bytes]
+    changed: list[str]
+    oid: str = field(default_factory=lambda: secrets.token_hex(20))
+
+
+@dataclass
+class Repository:
+    private: bool
+    commits: list[Commit] = field(default_factory=lambda: [Commit({".gitattributes": b""}, [])])
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.branches["main"] = self.commits[0].oid
+
+    def at(self, revision: str) -> Commit | None:
+        oid = self.branches.get(revision) or self.tags.get(revision) or revision
+        return next((commit for commit in self.commits if commit.oid == oid), None)
+
+
+class HubServer(ThreadingHTTPServer):
+    """Its public attributes may be read and set by tests at any time."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}  # LFS content by its SHA-256
+        self.requests: list[str] = []  # "METHOD path"
+        self.token = ""  # if set, what every request must carry
+        self.may_write = True
+        self.break_at = ""  # break the connection once, at the next request that has this in "METHOD path"
+        self.break_after = False  # only when it is carried out, so that just the answer is lost
+
+    def uploads(self) -> list[str]:
+        """The LFS objects that were sent, by their SHA-256, each as often as it was."""
+        return [each.removeprefix("PUT /lfs/") for each in self.requests if each.startswith("PUT /lfs/")]
+
+    def breaks(self, request: str) -> bool:
+        found = bool(self.break_at) and self.break_at in request
+        self.break_at = "" if found else self.break_at
+        return found
+
+
+@contextmanager
+def serve_hub() -> Iterator[HubServer]:
+    """A running server on a free port of the loopback interface."""
+    server = HubServer()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _handle(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        request, size = f"{self.command} {path}", int(self.headers.get("Content-Length") or 0)
+        breaks = self.server.breaks(request)
+        if breaks and not self.server.break_after:
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return
+        body = self.rfile.read(size)
+        self.server.requests.append(request)
+        status, content = self._refusal(path) or self._answer(path, body)
+        if breaks:
+            self.close_connection = True
+            return
+        self._send(status, content)
+
+    do_GET = do_HEAD = do_POST = do_PUT = _handle
+
+    def _send(self, status: int, content: Any) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        if isinstance(content, dict) and "code" in content:
+            self.send_header("X-Error-Code", content["code"])
+        if status == 401:
+            self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+        if isinstance(content, bytes):
+            self.send_header("X-Repo-Commit", self.commit)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _refusal(self, path: str) -> Answer | None:
+        sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if path.startswith("/lfs/"):  # the address itself is the permission, as with signed ones
+            return None
+        if self.server.token and sent != self.server.token:
+            return 401, {"error": f"Invalid username or password: {sent}"}  # the worst case: it repeats the token
+        if not self.server.may_write and self.command == "POST":
+            return 403, {"error": "You don't have the rights to create a model under this namespace"}
+        return None
+
+    def _answer(self, path: str, body: bytes) -> Answer:
+        if path.startswith("/lfs/"):
+            oid = path.removeprefix("/lfs/")
+            if hashlib.sha256(body).hexdigest() != oid:
+                return 400, {"error": "The content does not have this SHA-256"}
+            self.server.objects[oid] = body
+            return 200, {}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return 200, {"transfer": "basic", "objects": [self._lfs(each) for each in json.loads(body)["objects"]]}
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)(?:/(.+))?)?", path):
+            name, action, argument = match.groups()
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            name, action, argument = match[1], "resolve", (match[2], match[3])
+        else:
+            return 404, {"error": f"{path} is not served"}
+        repository = self.server.repositories.get(name)
+        if repository is None:
+            return 404, {"error": "Repository not found", "code": "RepoNotFound"}
+        return self._repository(name, repository, action, argument, body)
+
+    def _create(self, wanted: dict[str, Any]) -> Answer:
+        name = f"{wanted['organization']}/{wanted['name']}"
+        if name in self.server.repositories:
+            return 409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}
+        self.server.repositories[name] = Repository(wanted.get("visibility") == "private")
+        return 200, {"url": f"{self.server.url}/{name}"}
+
+    def _lfs(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        there = wanted["oid"] in self.server.objects
+        return wanted | ({} if there else {"actions": {"upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}"}}})
+
+    def _repository(self, name: str, repository: Repository, action: str | None, argument: Any, body: bytes) -> Answer:
+        if action == "refs":
+            kinds = {"branches": ("heads", repository.branches), "tags": ("tags", repository.tags)}
+            listed = {
+                kind: [{"name": ref, "ref": f"refs/{where}/{ref}", "targetCommit": oid} for ref, oid in refs.items()]
+                for kind, (where, refs) in kinds.items()
+            }
+            return 200, listed | {"converts": []}
+        revision = argument[0] if action == "resolve" else argument or "main"
+        if action == "tree":
+            return 404, {"error": "no such folder", "code": "EntryNotFound"}
+        if action == "branch":
+            repository.branches[argument] = repository.branches["main"]
+            return 200, {}
+        commit = repository.at(revision)
+        if commit is None:
+            return 404, {"error": f"Invalid rev id: {revision}", "code": "RevisionNotFound"}
+        if action in (None, "revision"):
+            files = [{"rfilename": path} for path in commit.files]
+            return 200, {"id": name, "sha": commit.oid, "private": repository.private, "siblings": files}
+        if action == "tag":
+            tag = json.loads(body)["tag"]
+            there = tag in repository.tags
+            repository.tags.setdefault(tag, commit.oid)
+            return (409, {"error": f"Tag {tag} already exists"}) if there else (200, {})
+        if action == "preupload":
+            return 200, {"files": [_upload_mode(commit, each["path"]) for each in json.loads(body)["files"]]}
+        if action == "commit":
+            return self._commit(name, repository, revision, commit, body)
+        if action == "resolve" and argument[1] in commit.files:
+            self.commit = commit.oid
+            return 200, commit.files[argument[1]]
+        return 404, {"error": f"{action} {argument}: no such entry", "code": "EntryNotFound"}
+
+    def _commit(self, name: str, repository: Repository, branch: str, parent: Commit, body: bytes) -> Answer:
+        _, *operations = map(json.loads, body.splitlines())
+        changed: dict[str, bytes] = {}
+        for operation in operations:
+            value = operation["value"]
+            large = operation["key"] == "lfsFile"
+            if large and value["oid"] not in self.server.objects:
+                return 400, {"error": f"{value['path']}: no such LFS object"}
+            data = self.server.objects[value["oid"]] if large else base64.b64decode(value["content"])
+            changed[value["path"]] = data
+        commit = Commit(parent.files | changed, sorted(changed))
+        repository.commits.append(commit)
+        repository.branches[branch] = commit.oid
+        return 200, {"commitUrl": f"{self.server.url}/{name}/commit/{commit.oid}", "commitOid": commit.oid}
+
+
+def _upload_mode(commit: Commit, path: str) -> dict[str, Any]:
+    """How a file is to be sent, and what the client compares with its own to see whether it changed."""
+    data, large = commit.files.get(path), path.endswith(LARGE)
+    info = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+    if data is None:
+        return info
+    blob = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+    return info | {"oid": hashlib.sha256(data).hexdigest() if large else blob}
