@@ -31,6 +31,11 @@ CONTAINERS = ("model", "state_dict")  # where training programs put the weights 
 NOT_THE_ENCODERS = ("mask_token", "decoder_")  # MAE's decoder
 NOT_THE_STOCK_ENCODERS = ("embeddings.mask_token", "decoder.", "pooler.")
 PROCESSOR = "preprocessor_config.json"
+# What a stock ViT's configuration and ours both say of a model, but what belongs to the folder they are in.
+STOCK_FIELDS = sorted(
+    ({field.name for field in fields(ViTConfig)} & {field.name for field in fields(MiclConfig)})
+    - {"architectures", "dtype", "transformers_version"}
+)
 
 MiclConverted = MiclForPreTraining | MiclForImageClassification
 
@@ -210,10 +215,8 @@ def _read_stock(source: str, overrides: Mapping[str, Any]) -> MiclConverted:
     )
     if missing or unexpected:
         raise ValueError(f"{source!r} is no whole {stock_class.__name__}: missing {missing}, unexpected {unexpected}.")
-    shared = {field.name for field in fields(ViTConfig)} & {field.name for field in fields(MiclConfig)}
-    shared -= {"architectures", "dtype", "transformers_version"}  # those of what is written
     pooling = {"classifier_pooling": "cls"} if classifier else {}
-    config = MiclConfig(**{**{name: getattr(stock_config, name) for name in shared}, **pooling, **overrides})
+    config = MiclConfig(**{**{name: getattr(stock_config, name) for name in STOCK_FIELDS}, **pooling, **overrides})
     model: MiclConverted = (MiclForImageClassification if classifier else MiclForPreTraining)(config)
     (model if classifier else model.vit).load_state_dict(stock.state_dict(), strict=True)
     model.eval()

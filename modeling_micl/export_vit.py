@@ -10,7 +10,6 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -23,8 +22,9 @@ from transformers import PreTrainedConfig, ViTConfig, ViTForImageClassification,
 from transformers.utils import cached_file
 
 from .configuration_micl import MiclConfig, height_and_width
-from .convert_checkpoint import official_parameter_names
+from .convert_checkpoint import PROCESSOR, STOCK_FIELDS
 from .modeling_micl import MiclForImageClassification, MiclForPreTraining
+from .parameter_names import official_parameter_names
 
 
 # timm's plain ViTs: (hidden_size, num_hidden_layers, num_attention_heads, patch_size).
@@ -36,7 +36,6 @@ TIMM_ARCHITECTURES = {
     "vit_huge_patch14_224": (1280, 32, 16, 14),
 }
 ONE_FILE_BYTES = 1_900_000_000  # protobuf allows 2 GiB, graph included
-PROCESSOR = "preprocessor_config.json"
 
 MiclExportable = MiclForPreTraining | MiclForImageClassification
 
@@ -119,9 +118,7 @@ def check_vit(config: MiclConfig) -> None:
 
 def vit_config(config: MiclConfig) -> ViTConfig:
     """The stock configuration with the same geometry, dropout and labels."""
-    shared = {field.name for field in fields(ViTConfig)} & {field.name for field in fields(MiclConfig)}
-    shared -= {"architectures", "dtype", "transformers_version"}  # those of what is written
-    return ViTConfig(**{name: getattr(config, name) for name in sorted(shared)})
+    return ViTConfig(**{name: getattr(config, name) for name in STOCK_FIELDS})
 
 
 def write_vit(model: MiclExportable, folder: Path, processor: dict[str, Any]) -> str:

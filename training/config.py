@@ -196,6 +196,8 @@ class ClassifierSettings(TrainingSettings):
 
     model: str | None = setting(None, "pre-trained encoder: a portable folder or Hub id")
     random_init: bool = setting(False, "keep only the architecture of --model, with random weights: the comparison")
+    crop_min_scale: float = setting(0.08, "smallest share of the image in a random crop, in (0, 1]; 1 does not crop")
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step")
     eval_epochs: int = setting(1, "epochs between evaluations; 0 evaluates only at the end")
 
     CHANGEABLE: ClassVar[set[str]] = TrainingSettings.CHANGEABLE | {"eval_epochs"}
@@ -219,9 +221,7 @@ class ProbeConfig(ClassifierSettings):
     few_shot: list[float] = setting([0.01, 0.1], "fast: also with these shares of each class's labels; 1 turns it off")
     features_cache: str | None = setting(None, "fast: folder for extracted features; unset, beside the datasets")
 
-    crop_min_scale: float = setting(0.08, "smallest share of the image in a random crop, in (0, 1]; 1 does not crop")
     per_device_batch_size: int = setting(512, "images of each process in one forward pass")
-    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step")
     epochs: int = setting(90, "passes over the data that the learning-rate schedule spans")
     base_lr: float = setting(0.1, "learning rate for 256 images per optimiser step")
     weight_decay: float = setting(0.0, "of the head's weight")
@@ -242,7 +242,6 @@ class FinetuneConfig(ClassifierSettings):
     new_head: bool = setting(False, "give a model that is a classifier already a fresh head")
     classifier_pooling: Literal["mean", "cls"] = setting("mean", "what the head sees: the patches' mean, or [CLS]")
 
-    crop_min_scale: float = setting(0.08, "smallest share of the image in a random crop, in (0, 1]; 1 does not crop")
     rand_augment: str = setting("rand-m9-mstd0.5-inc1", "RandAugment policy in timm's notation, or 'none'")
     erasing_probability: float = setting(0.25, "share of the images with a random box of noise, in [0, 1]")
     mixup_alpha: float = setting(0.8, "mixup; 0 turns it off")
@@ -251,7 +250,6 @@ class FinetuneConfig(ClassifierSettings):
     drop_path_rate: float = setting(0.1, "stochastic depth of the last layer, in [0, 1)")
 
     per_device_batch_size: int = setting(128, "images of each process in one forward pass")
-    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step")
     epochs: int = setting(100, "passes over the data that the learning-rate schedule spans")
     warmup_epochs: float = setting(5, "epochs of linear warm-up from 0")
     base_lr: float = setting(5e-4, "learning rate of the head for 256 images per optimiser step")

@@ -134,10 +134,12 @@ def frozen_splits(accelerator: Accelerator, settings: FrozenSettings) -> FrozenS
     size = height_and_width(model.config.image_size)
     cache = Path(settings.features_cache or Path(datasets.config.HF_DATASETS_CACHE) / "micl_features")
 
+    digest = weights_digest(model)
+
     def features_of(source: ImageSource) -> LabelledFeatures:
         columns = [source.image_column, source.label_column]
         how = [settings.features, settings.max_images, source.random_access, settings.mixed_precision]
-        key = [weights_digest(model), source.version, source.split, *columns, *how]
+        key = [digest, source.version, source.split, *columns, *how]
         extract = partial(extract_features, accelerator, source, {"features": extractor}, size)
         compute = partial(extract, settings.max_images, settings.num_workers)
         found = cached_features(accelerator, cache, key, compute).to(accelerator.device)
