@@ -170,4 +170,6 @@ class MiclConfig(BackboneConfigMixin, PreTrainedConfig):
         visible_patches_per_view(self.num_patches, self.mask_ratio, self.num_views)
 
 
+MiclConfig.register_for_auto_class()
+
 __all__ = ["MiclConfig"]

@@ -446,6 +446,12 @@ class MiclBackbone(BackboneMixin, MiclModel):
         )
 
 
+# Saving a model then writes this code beside it, also where it was itself loaded from such a folder.
+MiclModel.register_for_auto_class("AutoModel")
+MiclForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+MiclForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+MiclBackbone.register_for_auto_class("AutoBackbone")
+
 __all__ = [
     "MiclBackbone",
     "MiclForImageClassification",

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "modeling_micl").rglob("*.py"))
 TRAINING = sorted((ROOT / "training").rglob("*.py"))
-ORDER = ["masking", "configuration_micl", "losses", "modeling_micl", "parameter_names", "convert_checkpoint"]
-ORDER += ["export_vit", "__init__"]
+ORDER = ["masking", "configuration_micl", "losses", "modeling_micl", "remote_code", "parameter_names"]
+ORDER += ["convert_checkpoint", "export_vit", "__init__"]
 
 
 def imports(path: Path) -> set[tuple[str, str]]:

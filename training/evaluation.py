@@ -178,7 +178,7 @@ def read_config(model: str, option: str = "--model") -> MiclConfig:
         ValueError: if it cannot be read, or is that of another kind of model.
     """
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{option} {model!r} is no folder with a model, and not on the Hub: {error}") from error
     if not isinstance(config, MiclConfig):

@@ -16,6 +16,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_micl import MiclConfig, MiclForPreTraining
 from modeling_micl.configuration_micl import height_and_width
+from modeling_micl.remote_code import add_remote_code
 from training.checkpoint import replace_folder
 from training.config import DataSettings, PretrainConfig
 from training.data import Batch, EvaluationImages, batches
@@ -64,10 +65,11 @@ def image_processor(config: MiclConfig) -> ViTImageProcessor:
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write the portable folder in one move: config, weights, image processor and an eval.json without results."""
+    """Write the portable folder in one move: config, weights, code, image processor, an eval.json without results."""
     unfinished = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
+    add_remote_code(unfinished)
     image_processor(model.config).save_pretrained(unfinished)
     add_results(unfinished, [])
     replace_folder(unfinished, folder)
