@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from .configuration_micl import MiclConfig, height_and_width
 from .modeling_micl import MiclForImageClassification, MiclForPreTraining
 from .parameter_names import convert_official_state_dict, official_parameter_names
+from .remote_code import add_remote_code
 
 
 # hidden_size → num_attention_heads of the published ViTs; the weights themselves do not show it.
@@ -59,6 +60,7 @@ def convert(source: str | PathLike[str], output: str | PathLike[str], **override
         raise ValueError(f"OUT {str(folder)!r} exists and is not an empty folder: choose a new one.")
     model = read_model(source, **overrides)
     model.save_pretrained(folder)
+    add_remote_code(folder)
     advice = f"Load it with modeling_micl.{type(model).__name__}.from_pretrained({str(folder)!r})."
     processor = (
         None

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,8 @@ def test_the_main_command_learns_and_its_model_is_used_as_the_readme_says(workpl
 
     snippet = block("use") + "assert features.shape == (1, 128) and features.isfinite().all()\n"
     subprocess.run([sys.executable, "-c", snippet], cwd=workplace, check=True)
+    snippet = "import sys; sys.modules['modeling_micl'] = None\n" + block("use without the package")
+    run(shlex.join([sys.executable, "-c", snippet]), workplace)
 
 
 @pytest.mark.slow

@@ -18,13 +18,14 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import ViTImageProcessor
 
 from modeling_micl import __version__
+from modeling_micl.remote_code import REMOTE_FILES
 from training.config import setting
 from training.evaluation import load_frozen
 from training.parser import parse_settings
 from training.results import table
 
 
-NEEDED = ("README.md", "config.json", "eval.json", "preprocessor_config.json")
+NEEDED = ("README.md", "config.json", "eval.json", "preprocessor_config.json", *REMOTE_FILES)
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
@@ -51,7 +52,8 @@ def files_to_publish(folder: Path) -> dict[str, Path]:
     """The files of a portable folder that go to the Hub, by their path there.
 
     Only what this package writes and others read safely: never pickles (`*.bin`, `*.pt`, ...), checkpoints or hidden
-    files. Figures are those in the folder and, if it is a run's `model` folder, the run's.
+    files; of code the models' own, which is run only where the user says so. Figures are those in the folder and, if
+    it is a run's `model` folder, the run's.
 
     Raises:
         ValueError: if a file is missing.
@@ -71,7 +73,7 @@ def files_to_publish(folder: Path) -> dict[str, Path]:
 def check(folder: Path, files: dict[str, Path]) -> None:
     """Raise a ValueError unless others can use these files and they hold no access token."""
     for name, path in files.items():
-        if path.suffix in (".md", ".json") and TOKEN.search(path.read_text(encoding="utf-8", errors="replace")):
+        if path.suffix in (".md", ".json", ".py") and TOKEN.search(path.read_text(encoding="utf-8", errors="replace")):
             raise ValueError(f"{name} holds what looks like an access token: remove it there, and revoke the token.")
     try:
         if not metadata_load(files["README.md"]):

@@ -24,6 +24,7 @@ from transformers import (
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining, MiclModel, MiclPreTrainedModel
 from modeling_micl.convert_checkpoint import convert
+from modeling_micl.remote_code import AUTO_MAP
 
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -86,6 +87,7 @@ def test_a_timm_encoder_keeps_its_features_and_learned_positions(suffix: str, tm
     positions = model.vit.embeddings.position_embeddings
     assert torch.equal(positions, timm_model.pos_embed)
     assert not positions.requires_grad
+    assert model.config.auto_map == AUTO_MAP
 
 
 @pytest.mark.parametrize("global_pool", ["avg", "token"])

@@ -1,5 +1,6 @@
 """What the evaluation programs share: settings, models of either kind, classes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,25 @@ def folders(tmp_path: Path, tiny_model: Model) -> dict[str, Path]:
     for name, model in models.items():
         save_model(model, tmp_path / name)
     return {name: tmp_path / name for name in models}
+
+
+@pytest.mark.parametrize("model_type", ["micl", "else", None])
+def test_no_code_of_a_model_folder_is_run_and_nobody_is_asked(
+    model_type: str | None, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, marker = folders["encoder"] / "config.json", tmp_path / "ran"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": model_type}))
+    for file in folders["encoder"].glob("*.py"):
+        file.write_text(f"open({str(marker)!r}, 'w')\n{file.read_text()}")
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "y")
+    for load in (load_frozen, load_encoder):
+        if model_type == "micl":
+            assert isinstance(load(str(folders["encoder"])), MiclModel)
+        else:
+            with pytest.raises(ValueError, match="--model"):
+                load(str(folders["encoder"]))
+    assert (questions, marker.exists()) == ([], False)
 
 
 @torch.no_grad()

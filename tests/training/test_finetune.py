@@ -34,6 +34,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import AutoConfig, pipeline
 
 from modeling_micl import MiclForPreTraining
+from modeling_micl.remote_code import REMOTE_FILES
 from training import finetune, supervised
 from training.config import FinetuneConfig
 from training.log import read_metrics
@@ -106,7 +107,8 @@ def test_results_are_those_of_the_stored_classifier_on_the_stored_images(finishe
 def test_the_folder_is_complete(finished: Path) -> None:
     model = finished / "run" / "model"
     names = {path.name for path in model.iterdir()}
-    assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "eval.json", "README.md"}
+    others = {"config.json", "model.safetensors", "preprocessor_config.json", "eval.json", "README.md"}
+    assert names == others | set(REMOTE_FILES)
     config = AutoConfig.from_pretrained(model)
     assert config.id2label == dict(enumerate(COLOURS))
     assert config.label2id == {name: label for label, name in enumerate(COLOURS)}

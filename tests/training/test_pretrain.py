@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from modeling_micl import MiclModel
+from modeling_micl.remote_code import REMOTE_FILES
 from training import pretrain
 from training.checkpoint import newest_checkpoint, read_state
 from training.config import PretrainConfig
@@ -52,7 +53,8 @@ def test_a_run_leaves_a_folder_to_resume_and_one_to_share(labelled_run: tuple[Pa
     assert {path.name for path in run.iterdir()} == {"checkpoints", "metrics.jsonl", "model", "figures"}
     assert saved_steps(run) == [10, 20, 24]
     found = {path.name for path in (run / "model").iterdir()}
-    assert found == {"config.json", "model.safetensors", "preprocessor_config.json", "eval.json", "README.md"}
+    others = {"config.json", "model.safetensors", "preprocessor_config.json", "eval.json", "README.md"}
+    assert found == others | set(REMOTE_FILES)
 
     for figure in ("views", "similarity", "curves"):
         with Image.open(run / "figures" / f"{figure}.png") as image:

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, constants
 from PIL import Image
 
 from modeling_micl import MiclForPreTraining, MiclModel, MiclPreTrainedModel
+from modeling_micl.remote_code import REMOTE_FILES
 from training import publish
 from training.parser import parse_settings
 from training.publish import PublishConfig, files_to_publish
@@ -25,7 +26,7 @@ Publish = Callable[..., str]
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "a1B2" * 8
 CARD = "---\nlibrary_name: transformers\ntags:\n  - micl\n---\n\n# tiny\n"
-PORTABLE = {"README.md", "config.json", "eval.json", "preprocessor_config.json", "model.safetensors"}
+PORTABLE = {"README.md", "config.json", "eval.json", "preprocessor_config.json", "model.safetensors", *REMOTE_FILES}
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import ViTForImageClassification, ViTModel
 
-from modeling_micl import MiclForPreTraining, MiclPreTrainedModel
+from modeling_micl import MiclForImageClassification, MiclForPreTraining, MiclPreTrainedModel
+from modeling_micl.remote_code import AUTO_MAP, REMOTE_FILES
 from training import results
 from training.config import DataSettings
 from training.data import Batch
@@ -104,6 +106,26 @@ def test_a_new_model_starts_without_results(tmp_path: Path, tiny_model: Callable
         save_model(tiny_model(MiclForPreTraining), tmp_path / "model")
         assert held(tmp_path / "model") == []
         add_results(tmp_path / "model", [entry(0.5)])
+
+
+# The model folder
+
+
+@pytest.mark.parametrize("model_class", [MiclForPreTraining, MiclForImageClassification])
+def test_a_model_folder_brings_its_code_and_is_a_stock_vit(
+    model_class: type[MiclPreTrainedModel], tmp_path: Path, tiny_model: Callable[..., MiclPreTrainedModel]
+) -> None:
+    options = {"classifier_pooling": "cls"} if model_class is MiclForImageClassification else {}
+    for _ in range(2):
+        save_model(tiny_model(model_class, **options), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["auto_map"], config["architectures"]) == (AUTO_MAP, [model_class.__name__])
+    others = {"config.json", "eval.json", "model.safetensors", "preprocessor_config.json"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == others | set(REMOTE_FILES)
+    stock = ViTModel if model_class is MiclForPreTraining else ViTForImageClassification
+    pooler = {"add_pooling_layer": False} if stock is ViTModel else {}
+    _, info = stock.from_pretrained(tmp_path / "model", output_loading_info=True, **pooler)
+    assert not any(info.values())
 
 
 def test_an_entry_has_all_that_is_needed_to_repeat_it(write_shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
