@@ -79,6 +79,22 @@ class PatchProjection(nn.Conv2d):
         return nn.functional.linear(pixels.flatten(2), self.weight.flatten(1), self.bias)
 
 
+class MiclPatchEmbeddings(ViTPatchEmbeddings):
+    """The stock patch embeddings with that projection; always called as a module, on which FSDP relies."""
+
+    def __init__(self, config: MiclConfig) -> None:
+        super().__init__(config)
+        patch_size = height_and_width(config.patch_size)
+        self.projection = PatchProjection(
+            config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Images (B, C, H, W) → (B, L, D) as in the base class; patches (B, N, C, p, p) → (B, N, D)."""
+        embedded: Tensor = super().forward(pixels) if pixels.ndim == 4 else self.projection(pixels)
+        return embedded
+
+
 class MiclEmbeddings(nn.Module):
     """[CLS] and patch tokens with their fixed positions: all patches, or only those that a view sees."""
 
@@ -86,11 +102,7 @@ class MiclEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
-        self.patch_embeddings = ViTPatchEmbeddings(config)
-        patch_size = height_and_width(config.patch_size)
-        self.patch_embeddings.projection = PatchProjection(
-            config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size
-        )
+        self.patch_embeddings = MiclPatchEmbeddings(config)
         # A frozen parameter rather than a buffer: stock ViT has its learned positions in this place.
         self.position_embeddings = nn.Parameter(
             torch.empty(1, 1 + config.num_patches, config.hidden_size), requires_grad=False
@@ -122,7 +134,7 @@ class MiclEmbeddings(nn.Module):
         grid = grid.unflatten(3, (width, patch_width)).unflatten(2, (height, patch_height))
         images = torch.arange(ids.shape[0], device=ids.device)[:, None]
         pixels = grid[images, :, ids // width, :, ids % width]  # (B, N, C, patch height, patch width)
-        embedded: Tensor = self.patch_embeddings.projection(pixels)
+        embedded: Tensor = self.patch_embeddings(pixels)
         return embedded
 
     def positions(self, height: int, width: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 
+TOKEN = "hf_" + "a1B2" * 8
 LARGE = (".safetensors", ".png")
 Answer = tuple[int, Any]
 

@@ -1,10 +1,14 @@
 """Settings of the two training loops: what both share, pre-training's and fine-tuning's own, and their checks."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from modeling_micl import MiclConfig
+
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # USER/NAME on the Hub
 
 
 def setting(default: Any, text: str) -> Any:
@@ -87,10 +91,15 @@ class TrainingSettings(DataSettings):
     )
     report_to: str = setting("tensorboard", "trackers, comma-separated, or 'none'")
 
+    push_to_hub: str | None = setting(None, "send model/ to this repository at the end: USER/NAME, made at the start")
+    push_checkpoints: bool = setting(False, "with push_to_hub, also send the model of every checkpoint")
+    push_private: bool = setting(False, "with push_to_hub, make a new repository private; an existing one must be")
+
     # What may differ when a run is resumed: it changes neither the model nor the course of training.
     CHANGEABLE: ClassVar[set[str]] = {
         *("output_dir", "resume", "max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to"),
         *("num_workers", "max_bad_fraction", "gradient_checkpointing", "eval_split"),
+        *("push_to_hub", "push_checkpoints", "push_private"),
     }
 
     def trackers(self) -> list[str]:
@@ -107,6 +116,10 @@ class TrainingSettings(DataSettings):
         self._validate_share("max_bad_fraction")
         if not self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}.")
+        if self.push_to_hub is not None and not REPOSITORY.fullmatch(self.push_to_hub):
+            raise ValueError(f"push_to_hub={self.push_to_hub!r} is no place on the Hub: write USER/NAME.")
+        if (self.push_checkpoints or self.push_private) and self.push_to_hub is None:
+            raise ValueError("push_checkpoints and push_private go with push_to_hub: name the repository there, too.")
         if self.resume not in ("auto", "none") and not Path(self.resume).is_dir():
             raise ValueError(f"resume={self.resume!r} is neither 'auto', 'none' nor a checkpoint's folder.")
 
@@ -231,6 +244,8 @@ class ProbeConfig(ClassifierSettings):
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
         super().validate()
         self._validate_few_shot(self.few_shot)
+        if self.push_to_hub:
+            raise ValueError("push_to_hub is for pre-training and fine-tuning: publish a probe with training.publish.")
         if self.protocol == "published" and self.features == "mean":
             raise ValueError("features='mean' goes with protocol='fast' only: the published protocol probes [CLS].")
 

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from modeling_micl import MiclConfig, MiclForImageClassification, MiclModel
 from modeling_micl.configuration_micl import height_and_width
@@ -27,7 +28,7 @@ from training.features import (
     weights_digest,
 )
 from training.labels import class_names, few_shot
-from training.results import result
+from training.results import EVALUATION, RANDOM_WEIGHTS, read_evaluation, result
 from training.run import use_all_cores
 from training.source import ImageSource, evaluation_split, open_split
 
@@ -76,9 +77,7 @@ class FrozenSettings(EvaluationSettings):
         """Whose features these are, for tables and eval.json."""
         classifier = is_classifier(read_config(str(self.model)))
         what = "what the head sees" if classifier else self.features
-        return (
-            f"{what} of {'random weights' if self.random_init else 'the classifier' if classifier else 'the encoder'}"
-        )
+        return f"{what} of {RANDOM_WEIGHTS if self.random_init else 'the classifier' if classifier else 'the encoder'}"
 
 
 @dataclass
@@ -184,6 +183,12 @@ def read_config(model: str, option: str = "--model") -> MiclConfig:
     if not isinstance(config, MiclConfig):
         raise ValueError(f"{option} {model!r} is a {config.model_type!r} model, not a 'micl' one.")
     return config
+
+
+def stored_training(model: str) -> dict[str, Any] | None:
+    """How a portable folder or Hub id came about, by its eval.json; None if it does not tell."""
+    file = cached_file(model, EVALUATION, _raise_exceptions_for_missing_entries=False)
+    return read_evaluation(Path(file).parent)["training"] if file else None
 
 
 def is_classifier(config: MiclConfig) -> bool:

@@ -78,7 +78,7 @@ def colour_histogram(pixels: Tensor) -> Tensor:
     return counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=counts.dtype)).sqrt()
 
 
-RAW_PIXELS = "raw pixels"
+RAW_PIXELS, CENTRED_PIXELS = "raw pixels", "mean-centred pixels"
 BASELINES: dict[str, Extractor] = {
     RAW_PIXELS: lambda batch: raw_pixels(batch.pixels),
     "colour histogram": lambda batch: colour_histogram(batch.pixels),
@@ -179,7 +179,7 @@ def with_centred_pixels(train: LabelledFeatures, test: LabelledFeatures) -> tupl
     if RAW_PIXELS not in train.features:
         return train, test
     mean = train.features[RAW_PIXELS].mean(dim=0)
-    centred = [{"mean-centred pixels": split.features[RAW_PIXELS] - mean} for split in (train, test)]
+    centred = [{CENTRED_PIXELS: split.features[RAW_PIXELS] - mean} for split in (train, test)]
     return (
         LabelledFeatures(centred[0] | train.features, train.labels),
         LabelledFeatures(centred[1] | test.features, test.labels),

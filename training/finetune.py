@@ -12,7 +12,36 @@ from training.loop import train
 from training.optim import layer_decay_optimizer
 from training.parser import parse_settings
 from training.run import Run, StopRequest, start_accelerator, summary
-from training.supervised import Classify, build_classifier, open_classes, save_classifier
+from training.source import ImageSource
+from training.supervised import Classify, build_classifier, open_classes, save_classifier, write_classifier
+from training.uploads import Uploads
+
+
+PROGRAM = "training.finetune"
+
+
+class Finetune(Classify):
+    """Training of the whole model, which goes to the Hub if asked for."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: FinetuneConfig,
+        augmentation: Augmentation,
+        eval_source: ImageSource | None,
+        uploads: Uploads,
+    ) -> None:
+        super().__init__(run, config, augmentation, eval_source)
+        self.uploads = uploads
+
+    def protocol(self) -> str:
+        """How the model has been trained so far, in words."""
+        epochs = self.run.progress.forwards / self.run.plan.forwards_per_epoch
+        return f"fine-tuning for {epochs:.3g} epochs from {'random weights' if self.config.random_init else 'MiCL'}"
+
+    def after_checkpoint(self) -> None:
+        """Send the model to the Hub, if asked for."""
+        self.uploads.send_checkpoint(lambda: write_classifier(self, self.judged(), PROGRAM, self.protocol()))
 
 
 def main(config: FinetuneConfig) -> None:
@@ -27,6 +56,7 @@ def main(config: FinetuneConfig) -> None:
         label_smoothing=config.label_smoothing,
     )
     accelerator = start_accelerator(config)
+    uploads = Uploads(config, accelerator)
     source, eval_source, names = open_classes(config, accelerator)
     model = build_classifier(
         config,
@@ -41,13 +71,13 @@ def main(config: FinetuneConfig) -> None:
     start = "random weights" if config.random_init else config.model
     accelerator.print(summary(run, {"model": f"{start}, {len(names)} classes, layer decay {config.layer_decay}"}))
     stop = StopRequest()
-    task = Classify(run, config, augmentation, eval_source)
+    task = Finetune(run, config, augmentation, eval_source, uploads)
     with Logger(run, stop, "fine-tuning") as log:
         completed = train(run, task, log, stop)
     if completed:
-        epochs = run.progress.forwards / run.plan.forwards_per_epoch
-        protocol = f"fine-tuning for {epochs:.3g} epochs from {'random weights' if config.random_init else 'MiCL'}"
-        save_classifier(task, task.judged(), log, "training.finetune", protocol)
+        uploads.wait()
+        save_classifier(task, task.judged(), log, PROGRAM, task.protocol())
+        uploads.send_final(run.folder / "model")
         accelerator.end_training()
     else:
         log.say_stopped()

@@ -42,6 +42,9 @@ class Task(ABC):
         """Results to log, the same on every process."""
         return {}
 
+    def after_checkpoint(self) -> None:  # noqa: B027 (most tasks have nothing to do)
+        """What else to do on every process when a checkpoint has been written and training goes on."""
+
 
 def process_batches(run: Run, task: Task) -> Iterator[Batch]:
     """This process's part of every global batch, from where the run stands, without end."""
@@ -94,6 +97,8 @@ def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
             save_run(run)
         if stopping:
             return False
+        if save_due and step < total_steps:
+            task.after_checkpoint()
         if eval_every and step % eval_every == 0 and step < total_steps:
             log.write_evaluation(task.evaluate)
             run.model.train()

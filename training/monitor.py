@@ -2,6 +2,8 @@
 
 import os
 import platform
+import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,8 +68,20 @@ def provenance() -> dict[str, Any]:
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "hardware": {"cpu": _processor(), "cpu_cores": os.cpu_count(), "accelerators": accelerators},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages}
+        | {"commit": _commit()},
     }
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the checkout that this runs from, with a mark if files were changed; None if it is none."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _processor() -> str:

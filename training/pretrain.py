@@ -1,6 +1,7 @@
 """Pre-train a MiCL encoder: `accelerate launch -m training.pretrain --config training/recipes/photos.yaml`."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,10 +32,12 @@ from training.results import (
     knn_table,
     save_figures,
     save_model,
+    training_facts,
 )
 from training.run import Run, StopRequest, start_accelerator, summary
 from training.source import ImageSource, evaluation_split, open_split
 from training.start import load_start, start_from
+from training.uploads import Uploads
 
 
 def view_noise(seed: int, forward: int, images: int, num_patches: int, device: torch.device) -> Tensor:
@@ -55,11 +58,12 @@ class Contrast(Task):
         run: the run.
         config: its settings.
         eval_source: labelled images that kNN classifies now and then, None for none.
+        uploads: where the model goes at checkpoints.
     """
 
-    def __init__(self, run: Run, config: PretrainConfig, eval_source: ImageSource | None) -> None:
+    def __init__(self, run: Run, config: PretrainConfig, eval_source: ImageSource | None, uploads: Uploads) -> None:
         super().__init__(run, config.knn_epochs if eval_source else 0)
-        self.config, self.eval_source = config, eval_source
+        self.config, self.eval_source, self.uploads = config, eval_source, uploads
 
     def transform(self, size: tuple[int, int]) -> Transform:
         """Crop and flip, nothing else."""
@@ -90,6 +94,17 @@ class Contrast(Task):
         scores = frozen_scores(run.accelerator, extractor, splits, size, config.knn_images, config.num_workers, probes)
         found = {"knn_accuracy": scores.knn, "probe_accuracy": scores.probe}
         return {name: values["encoder"] for name, values in found.items() if values}
+
+    def after_checkpoint(self) -> None:
+        """Send the model to the Hub, if asked for."""
+        self.uploads.send_checkpoint(lambda: write_model(self.run, self.config))
+
+
+def write_model(run: Run, config: PretrainConfig) -> Path:
+    """Write the portable folder, with how the model was trained."""
+    folder, negatives = run.folder / "model", config.contrasted_images(run.accelerator.num_processes)
+    save_model(run.unwrapped(), folder, training_facts(run, "training.pretrain", contrasted_images=negatives))
+    return folder
 
 
 def open_sources(config: PretrainConfig) -> tuple[ImageSource, ImageSource | None]:
@@ -125,13 +140,14 @@ def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSou
     return run
 
 
-def finish(run: Run, config: PretrainConfig, log: Logger, eval_source: ImageSource | None) -> None:
-    """Write the portable model, evaluate it, write its eval.json and the figures, and print the table."""
+def finish(run: Run, config: PretrainConfig, log: Logger, eval_source: ImageSource | None, uploads: Uploads) -> None:
+    """Write the portable model, evaluate it, write its eval.json, card and figures, and print the table."""
+    uploads.wait()
     accelerator, folder = run.accelerator, run.folder / "model"
     trained = run.unwrapped()
     assert isinstance(trained, MiclForPreTraining)
     if accelerator.is_main_process:
-        save_model(trained, folder)
+        write_model(run, config)
     before = untrained_model(config).to(accelerator.device)
     if config.init_from is not None:
         load_start(before, config.init_from, run.folder)
@@ -145,25 +161,26 @@ def finish(run: Run, config: PretrainConfig, log: Logger, eval_source: ImageSour
             add_results(folder, knn_results(scores, config, splits))
         accelerator.print(knn_table(scores))
     if accelerator.is_main_process:
-        negatives = config.contrasted_images(accelerator.num_processes)
-        write_card("template.md", run, folder, contrasted_images=negatives)
+        write_card(folder, run.folder.name, config.push_to_hub)
         save_curves(run.folder / "figures" / "curves.png", read_metrics(run.folder / "metrics.jsonl"))
     accelerator.print(f"model: {folder}, figures: {run.folder / 'figures'}")
+    uploads.send_final(folder)
     accelerator.end_training()
 
 
 def main(config: PretrainConfig) -> None:
     """One run from its settings to its model."""
     accelerator = start_accelerator(config)
+    uploads = Uploads(config, accelerator)
     with accelerator.main_process_first():  # the others find what the first has prepared
         source, eval_source = open_sources(config)
     run = start_run(config, accelerator, source)
     stop = StopRequest()
     alarm = CollapseAlarm(config.contrasted_images(accelerator.num_processes))
     with Logger(run, stop, "pre-training", alarm.check) as log:
-        completed = train(run, Contrast(run, config, eval_source), log, stop)
+        completed = train(run, Contrast(run, config, eval_source, uploads), log, stop)
     if completed:
-        finish(run, config, log, eval_source)
+        finish(run, config, log, eval_source, uploads)
     else:
         log.say_stopped()
 

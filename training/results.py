@@ -4,7 +4,7 @@ import json
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from training.config import DataSettings, PretrainConfig
 from training.data import Batch, EvaluationImages, batches
 from training.features import (
     BASELINES,
+    CENTRED_PIXELS,
     Extractor,
     encoder_features,
     extract_features,
@@ -32,11 +33,14 @@ from training.figures import save_similarities, save_views
 from training.images import central_crop
 from training.judge import fit_probe, knn_accuracy
 from training.monitor import provenance
+from training.run import Run
 from training.source import ImageSource
 
 
 KNN_PROTOCOL = "kNN, k=20, cosine, votes weighted by exp(cosine / 0.07), [CLS] of the whole central crop"
-TRAINED = "encoder after training"
+EVALUATION = "eval.json"
+UNTRAINED, TRAINED = "encoder before training", "encoder after training"
+RANDOM_WEIGHTS = "random weights"
 METRICS = {"top1_accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
 # Parts of an entry of eval.json that may differ between two measurements of the same thing.
 MEASURED = {"value", "command", "hardware", "versions", "details"}
@@ -64,26 +68,80 @@ def image_processor(config: MiclConfig) -> ViTImageProcessor:
     )
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write the portable folder in one move: config, weights, code, image processor, an eval.json without results."""
+def save_model(model: PreTrainedModel, folder: Path, training: dict[str, Any] | None = None) -> None:
+    """Write the portable folder in one move: config, weights, code, image processor, an eval.json without results.
+
+    Args:
+        model: what to write.
+        folder: where to; what is there is replaced.
+        training: how the model came about, see `training_facts`.
+    """
     unfinished = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     add_remote_code(unfinished)
     image_processor(model.config).save_pretrained(unfinished)
-    add_results(unfinished, [])
+    _write_evaluation(unfinished, {"training": training, "results": []})
     replace_folder(unfinished, folder)
+
+
+def training_facts(run: Run, program: str, **more: Any) -> dict[str, Any]:
+    """How the model of a run came about, for its eval.json.
+
+    Args:
+        run: finished, or on its way.
+        program: entry point, for the command.
+        **more: what the program alone knows.
+    """
+    return {
+        "program": program,
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
+        "settings": run.config.to_dict(),
+        "plan": asdict(run.plan),
+        "progress": asdict(run.progress),
+        "processes": run.accelerator.num_processes,
+        "data": {"images": run.source.num_images, "split": run.source.split, "fingerprint": run.source.fingerprint},
+        **more,
+        **provenance(),
+    }
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """A folder's eval.json: how the model was trained, if that is known, and the results.
+
+    Raises:
+        ValueError: if it is broken.
+    """
+    file = folder / EVALUATION
+    if not file.exists():
+        return {"training": None, "results": []}
+    try:
+        evaluation: dict[str, Any] = {"training": None} | json.loads(file.read_text())
+        if not all(isinstance(entry["value"], float | int) for entry in evaluation["results"]):
+            raise TypeError("a value is no number")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is broken ({error!r}): take it from the run again.") from error
+    return evaluation
 
 
 def add_results(folder: Path, results: list[dict[str, Any]]) -> None:
     """Add entries to a folder's eval.json; one that measures the same thing as an older one takes its place."""
-    file, unfinished = folder / "eval.json", folder / ".tmp-eval.json"
+    evaluation, measured = read_evaluation(folder), [_what(entry) for entry in results]
+    kept = [entry for entry in evaluation["results"] if _what(entry) not in measured]
+    _write_evaluation(folder, evaluation | {"results": kept + results})
+
+
+def _write_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
+    unfinished = folder / f".tmp-{EVALUATION}"
     folder.mkdir(parents=True, exist_ok=True)
-    old = json.loads(file.read_text())["results"] if file.exists() else []
-    measured = [_what(entry) for entry in results]
-    kept = [entry for entry in old if _what(entry) not in measured]
-    unfinished.write_text(json.dumps({"results": kept + results}, indent=2) + "\n")
-    unfinished.replace(file)
+    unfinished.write_text(json.dumps(evaluation, indent=2) + "\n")
+    unfinished.replace(folder / EVALUATION)
+
+
+def is_comparison(entry: dict[str, Any]) -> bool:
+    """Whether an entry of eval.json measures something else than the model beside it: a baseline or random weights."""
+    features = str(entry.get("features", ""))
+    return features in (UNTRAINED, CENTRED_PIXELS, *BASELINES) or features.endswith(RANDOM_WEIGHTS)
 
 
 def _what(entry: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +237,7 @@ def final_scores(
 ) -> FrozenScores:
     """Judge features that learn nothing, and those of the encoder before and after training."""
     extractors = BASELINES | {
-        "encoder before training": encoder_features(untrained.vit.eval(), accelerator),
+        UNTRAINED: encoder_features(untrained.vit.eval(), accelerator),
         TRAINED: encoder_features(trained.vit.eval(), accelerator),
     }
     size = height_and_width(trained.config.image_size)

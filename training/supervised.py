@@ -1,6 +1,7 @@
 """Training a classifier on a pre-trained encoder: what fine-tuning and the published linear probe share."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,13 @@ from training.evaluation import (
     load_encoder,
     predict,
     read_config,
+    stored_training,
 )
 from training.images import Transform
 from training.labels import check_labels, class_names
 from training.log import Logger
 from training.loop import Task
-from training.results import METRICS, add_results, result, save_model, table
+from training.results import METRICS, add_results, result, save_model, table, training_facts
 from training.run import Run
 from training.source import ImageSource, evaluation_split, open_split
 
@@ -131,6 +133,14 @@ class Classify(Task):
         )
 
 
+def write_classifier(task: Classify, model: MiclForImageClassification, program: str, protocol: str) -> Path:
+    """Write the portable folder, with how the classifier and its encoder were trained; see `save_classifier`."""
+    config, folder = task.config, task.run.folder / "model"
+    encoder = None if config.random_init else stored_training(str(config.model))
+    save_model(model, folder, training_facts(task.run, program, protocol=protocol, encoder=encoder))
+    return folder
+
+
 def save_classifier(
     task: Classify, model: MiclForImageClassification, log: Logger, program: str, protocol: str
 ) -> list[dict[str, Any]]:
@@ -149,7 +159,7 @@ def save_classifier(
     run, config, source = task.run, task.config, task.eval_source
     accelerator, folder = run.accelerator, run.folder / "model"
     if accelerator.is_main_process:
-        save_model(model, folder)
+        write_classifier(task, model, program, protocol)
     entries: list[dict[str, Any]] = []
     if source:
         scores, labels = predict(accelerator, model, source, config.max_images, config.num_workers)
@@ -179,6 +189,6 @@ def save_classifier(
         rows = {METRICS[name]: f"{value:6.1%}" for name, value in found.items()}
         accelerator.print(table(f"{protocol}, {len(labels)} images of {source.split!r}", rows))
     if accelerator.is_main_process:
-        write_card("classifier.md", run, folder, protocol=protocol)
+        write_card(folder, run.folder.name, config.push_to_hub)
     accelerator.print(f"model: {folder}")
     return entries

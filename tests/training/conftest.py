@@ -13,6 +13,8 @@ import matplotlib
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from hub_server import TOKEN, HubServer, serve_hub
+from huggingface_hub import constants
 from PIL import Image
 
 from training import pretrain
@@ -53,6 +55,19 @@ def _quiet() -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub that wants TOKEN, and a client that knows it."""
+    with serve_hub() as server:
+        server.token = TOKEN
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
 
 
 @pytest.fixture

@@ -121,11 +121,11 @@ def test_the_card_holds_the_results(finished: Path) -> None:
     card = (finished / "run" / "model" / "README.md").read_text()
     rows = [line for line in card.splitlines() if line.startswith(("| top-1", "| top-5"))]
     for row, entry in zip(rows, results(finished / "run" / "model"), strict=True):
-        assert row.startswith(
-            f"| {entry['metric']} | {entry['value']:.1%} | fine-tuning for 6 epochs from MiCL | 45 of"
-        )
+        measured = "fine-tuning for 6 epochs from MiCL; 84 labelled images | 45 images of"
+        assert row.startswith(f"| {entry['metric']} | {entry['value']:.1%} | {measured}")
     assert "tells 7 classes apart: red, green, blue, yellow, pink, …" in card
-    assert "60 optimiser steps of 8 images, 6.0 epochs" in card
+    assert "| 60 optimiser steps, 6.0 epochs" in card
+    assert "| 8 images per optimiser step |" in card
 
 
 @pytest.fixture

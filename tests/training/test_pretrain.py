@@ -73,7 +73,9 @@ def test_a_run_leaves_a_folder_to_resume_and_one_to_share(labelled_run: tuple[Pa
         assert all(math.isfinite(value) for value in entry.values())
 
     results = json.loads((run / "model" / "eval.json").read_text())
-    assert results.keys() == {"results"}
+    assert results["training"]["program"] == "training.pretrain"
+    assert results["training"]["progress"]["step"] == 24
+    assert results["training"]["contrasted_images"] == 8
     by_name = {result["features"]: result for result in results["results"]}
     assert len(by_name) == 5
     printed_values = dict(re.findall(r"^  (\S.*?)  +(\d+\.\d)%$", printed, flags=re.MULTILINE))
@@ -106,9 +108,12 @@ def test_the_portable_model_has_the_accuracy_that_it_claims(labelled_run: tuple[
 def test_the_card_claims_what_eval_json_holds_and_nothing_else(labelled_run: tuple[Path, str]) -> None:
     folder = labelled_run[0] / "model"
     results = json.loads((folder / "eval.json").read_text())["results"]
-    section = (folder / "README.md").read_text().split("## Results")[1].split("##")[0]
-    claimed = re.findall(r"^\| (.+?) \| (\d+\.\d)% \|.* 60 images vote on 50 of", section, flags=re.MULTILINE)
-    assert claimed == [(result["features"], f"{100 * result['value']:.1f}") for result in results]
+    section = (folder / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
+    claimed = re.findall(
+        r"^\| top-1 accuracy \| (.+?) \|.*; features: (.+?); 60 labelled images \| 50 images of", section, re.MULTILINE
+    )
+    expected = [(f"{result['value']:.1%}", result["features"]) for result in [results[-1], *results[:-1]]]
+    assert claimed == expected  # the model first, then what it is compared with
     assert len(re.findall(r"\d%", section)) == len(results)
 
 

@@ -4,42 +4,33 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_server import HubServer, Repository, serve_hub
+from hub_server import TOKEN, HubServer, Repository
 from huggingface_hub import HfApi, constants
 from PIL import Image
 
 from modeling_micl import MiclForPreTraining, MiclModel, MiclPreTrainedModel
 from modeling_micl.remote_code import REMOTE_FILES
 from training import publish
+from training.card import write_card
+from training.hub import files_to_publish
 from training.parser import parse_settings
-from training.publish import PublishConfig, files_to_publish
+from training.publish import PublishConfig
 from training.results import add_results, save_model
 
 
 Publish = Callable[..., str]
 ROOT = Path(__file__).parents[2]
-TOKEN = "hf_" + "a1B2" * 8
-CARD = "---\nlibrary_name: transformers\ntags:\n  - micl\n---\n\n# tiny\n"
+ENTRY = {
+    **{"task": "image-classification", "protocol": "kNN", "metric": "top-1 accuracy", "value": 0.5, "seed": 0},
+    **{"dataset": "pictures", "dataset_config": None, "split": "test", "num_test_images": 8},
+}
 PORTABLE = {"README.md", "config.json", "eval.json", "preprocessor_config.json", "model.safetensors", *REMOTE_FILES}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub that wants TOKEN, and a client that knows it."""
-    with serve_hub() as server:
-        server.token = TOKEN
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
 
 
 @pytest.fixture
@@ -47,7 +38,7 @@ def folder(tmp_path: Path, tiny_model: Callable[..., MiclPreTrainedModel]) -> Pa
     """A run's model folder, with a figure of the run beside it."""
     folder = tmp_path / "run" / "model"
     save_model(tiny_model(MiclForPreTraining), folder)
-    (folder / "README.md").write_text(CARD)
+    write_card(folder, "tiny")
     (tmp_path / "run" / "figures").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "run" / "figures" / "views.png")
     return folder
@@ -110,7 +101,30 @@ def test_all_files_go_up_unchanged_in_one_commit(hub: HubServer, run: Publish, f
     published = tiny(hub).at("main")
     assert published is not None
     assert all(published.files[name] == (folder / name).read_bytes() for name in PORTABLE)
+    assert 'MiclModel.from_pretrained("me/tiny")' in published.files["README.md"].decode()
     assert published.oid in printed
+
+
+def test_a_dry_run_writes_the_card_and_sends_nothing(
+    hub: HubServer, run: Publish, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    assert "dry run" in run("--dry_run", "--license", "cc-by-4.0")
+    assert not hub.requests
+    assert "\nlicense: cc-by-4.0\n" in (folder / "README.md").read_text()
+
+
+def test_absolute_paths_stay_at_home(hub: HubServer, run: Publish, folder: Path) -> None:
+    add_results(
+        folder, [ENTRY | {"dataset": "/home/me/secret/pictures", "command": "knn --dataset=/home/me/secret/p"}]
+    )
+    run()
+    published = tiny(hub).at("main")
+    assert published is not None
+    assert all(b"secret" not in content for content in published.files.values())
+    entry = json.loads(published.files["eval.json"])["results"][0]
+    assert (entry["dataset"], entry["command"]) == ("…/pictures", "knn --dataset=…/p")
+    assert "/home/me/secret/pictures" in (folder / "eval.json").read_text()  # to go on with
 
 
 def test_publishing_twice_makes_one_commit(hub: HubServer, run: Publish) -> None:
@@ -122,9 +136,9 @@ def test_publishing_twice_makes_one_commit(hub: HubServer, run: Publish) -> None
 
 def test_only_what_changed_is_sent(hub: HubServer, run: Publish, folder: Path) -> None:
     run()
-    add_results(folder, [{"metric": "top-1 accuracy", "value": 0.5}])
+    add_results(folder, [ENTRY])
     run()
-    assert commits(hub)[1:] == [["eval.json"]]
+    assert commits(hub)[1:] == [["README.md", "eval.json"]]
     assert len(hub.uploads()) == 2  # of the first time
 
 
@@ -225,7 +239,7 @@ def test_a_tag_never_moves(hub: HubServer, run: Publish, folder: Path) -> None:
     run("--tag", "v1")
     first = tiny(hub).commits[-1].oid
     for seed in range(2):  # at first the tag is at the head of main, so that only the commit shows that it must move
-        add_results(folder, [{"seed": seed, "value": 0.5}])
+        add_results(folder, [ENTRY | {"seed": seed}])
         with pytest.raises(ValueError, match="tag='v1' names commit.*another --tag"):
             run("--tag", "v1")
     assert len(commits(hub)) == 2
@@ -284,14 +298,16 @@ def change_config(folder: Path, **entries: Any) -> None:
         (lambda folder: change_config(folder, num_hidden_layers=3), "lacks weights"),
         (lambda folder: change_config(folder, model_type="vit"), "'vit' model"),
         (lambda folder: (folder / "config.json").write_text("{"), "config"),
-        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").unlink(), "no folder with a model"),
         (lambda folder: (folder / "preprocessor_config.json").write_text("{"), "preprocessor_config.json cannot"),
         (lambda folder: (folder / "eval.json").write_text('{"results": ['), "eval.json is broken"),
         (lambda folder: (folder / "eval.json").write_text('{"results": [{"value": "x"}]}'), "eval.json is broken"),
-        (lambda folder: (folder / "README.md").write_text("# tiny\n"), "README.md must begin with YAML"),
-        (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "README.md must begin with YAML"),
-        (lambda folder: (folder / "README.md").write_text("---\nmicl\n---\n"), "README.md must begin with YAML"),
-        (lambda folder: (folder / "README.md").write_text(CARD + TOKEN), "README.md holds.*access token"),
+        (lambda folder: add_results(folder, [{"value": 0.5}]), "entry of eval.json lacks 'dataset'"),
+        (lambda folder: add_results(folder, [ENTRY | {"command": TOKEN}]), "eval.json holds.*access token"),
+        (
+            lambda folder: (folder / "README.md").write_text(f"<!-- notes -->\n{TOKEN}<!-- end of notes -->"),
+            "README.md",
+        ),
         (lambda folder: change_config(folder, note=TOKEN), "config.json holds.*access token"),
     ],
 )
