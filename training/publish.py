@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from modeling_micl.remote_code import add_remote_code
 from training.card import write_card
 from training.config import REPOSITORY, setting
 from training.hub import Place, check, files_to_publish, upload, usable_token
@@ -48,6 +49,7 @@ def main(config: PublishConfig) -> None:
     """
     folder, place = Path(str(config.model)), config.place()
     write_card(folder, place.name, place.repo, config.license)
+    add_remote_code(folder)  # of this version, whatever was there
     files = files_to_publish(folder)
     check(folder, files)
     rows = {"commit": "none, this was a dry run"} if config.dry_run else upload(place, files, usable_token())
