@@ -148,6 +148,11 @@ class MiclEmbeddings(nn.Module):
                 f"pixel_values are {tuple(pixel_values.shape[2:])} pixels, but the model's image_size is {size}: "
                 "resize the images, or pass interpolate_pos_encoding=True."
             )
+        if min(self.config.grid_of(*pixel_values.shape[2:])) < 1:
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape[2:])} pixels, less than one patch of "
+                f"patch_size={self.config.patch_size}: resize the images."
+            )
 
 
 class MiclLayer(ViTLayer):
