@@ -209,7 +209,8 @@ def test_upernet_learns_to_segment_shapes_and_a_fresh_process_loads_it(
     before = mean_iou(segment(model, images), labels)
     background = mean_iou(torch.zeros_like(labels), labels)
     fine_tune(model, *shapes(2000, seed=0), steps=300)
-    assert mean_iou(segment(model, images), labels) > max(before, background) + 0.35
+    assert max(before, background) < 0.25
+    assert mean_iou(segment(model, images), labels) > 0.7  # with a frozen backbone it stays between 0.5 and 0.65
 
     model.save_pretrained(tmp_path)
     loaded = UperNetForSemanticSegmentation.from_pretrained(tmp_path)
