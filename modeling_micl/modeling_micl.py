@@ -160,6 +160,11 @@ class MiclEmbeddings(nn.Module):
                 f"pixel_values are {tuple(pixel_values.shape[2:])} pixels, but the model's image_size is {size}: "
                 "resize the images, or pass interpolate_pos_encoding=True."
             )
+        if min(self.config.grid_of(*pixel_values.shape[2:])) < 1:
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape[2:])} pixels, less than one patch of "
+                f"patch_size={self.config.patch_size}: resize the images."
+            )
 
 
 class MiclLayer(ViTLayer):
@@ -425,7 +430,16 @@ class MiclForImageClassification(MiclPreTrainedModel):
 
 
 class MiclBackbone(BackboneMixin, MiclModel):
-    """Feature maps of the chosen layers, for detection and segmentation."""
+    """Feature maps of the chosen layers, for detection and segmentation.
+
+    Models with a `backbone_config` build this class from a `MiclConfig`, always with random weights; pre-trained ones
+    are carried over with `load_state_dict`. A plain ViT's feature maps all have one size, 1/p of the image's.
+
+    Example:
+        >>> backbone = MiclBackbone.from_pretrained(folder, out_features=["stage6", "stage12"])
+        >>> model = DetrForObjectDetection(DetrConfig(backbone_config=backbone.config))
+        >>> model.model.backbone.model.load_state_dict(backbone.state_dict())
+    """
 
     def __init__(self, config: MiclConfig) -> None:
         super().__init__(config)
@@ -437,12 +451,13 @@ class MiclBackbone(BackboneMixin, MiclModel):
         """Feature maps of whole images.
 
         Args:
-            pixel_values: (B, C, H, W) of any size, floating point, normalised.
+            pixel_values: (B, C, H, W) of any size from one patch, floating point, normalised. What does not fill a
+                patch at the right and at the bottom is left out.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `feature_maps`: one for each of `config.out_features`, (B, D, H/p, W/p), or the tokens (B, 1+L, D) when
-            `config.reshape_hidden_states` is False.
+            `feature_maps`: one for each of `config.out_features`, (B, D, H // p, W // p), or the tokens (B, 1+L, D)
+            when `config.reshape_hidden_states` is False.
         """
         outputs = MiclModel.forward(self, pixel_values, interpolate_pos_encoding=True, **kwargs)
         grid = self.config.grid_of(*pixel_values.shape[2:])

@@ -6,10 +6,16 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import skimage.data
+import torch
+import yaml
+
+from modeling_micl import MiclForPreTraining, MiclPreTrainedModel
 
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +87,20 @@ def test_the_model_is_fine_tuned_and_judged_as_the_readme_says(workplace: Path) 
     assert classifier[0]["value"] > knn["encoder before training"]
     assert {entry.get("hidden_share") for entry in classifier} >= {0.0, 0.5, 0.95}
     assert any(entry["protocol"].startswith("classifier on another dataset") for entry in classifier)
+
+
+def test_a_segmentation_model_starts_from_the_pretrained_backbone_as_the_readme_says(
+    tiny_model: Callable[..., MiclPreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a model as deep as the main command's, so that the stages named are there."""
+    recipe = yaml.safe_load((ROOT / "training/recipes/photos.yaml").read_text())
+    pretrained = tiny_model(MiclForPreTraining, num_hidden_layers=recipe["num_hidden_layers"])
+    pretrained.save_pretrained(tmp_path / "runs/photos/model")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block("segment"), names)
+    torch.testing.assert_close(names["model"].backbone.state_dict(), pretrained.vit.state_dict(), rtol=0, atol=0)
+    assert names["model"](torch.randn(2, 3, 48, 64)).logits.shape == (2, 21, 48, 64)
 
 
 def test_every_recipe_and_file_that_the_readme_names_exists() -> None:
