@@ -10,7 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "modeling_micl").rglob("*.py"))
 TRAINING = sorted((ROOT / "training").rglob("*.py"))
-ORDER = ["masking", "configuration_micl", "losses", "modeling_micl", "parameter_names", "convert_checkpoint"]
+ORDER = [
+    "hub_access",
+    "masking",
+    "configuration_micl",
+    "losses",
+    "modeling_micl",
+    "parameter_names",
+    "convert_checkpoint",
+]
 ORDER += ["export_vit", "__init__"]
 
 
