@@ -11,7 +11,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedConfig
 
 
@@ -29,7 +29,7 @@ def read_config_dict(model: str, option: str) -> dict[str, Any]:
         ValueError: if it cannot be read; with the reason and the remedy, without the access token.
     """
     try:
-        values, _ = PreTrainedConfig.get_config_dict(model)
+        values: dict[str, Any] = PreTrainedConfig.get_config_dict(model)[0]
     except (OSError, ValueError) as error:
         raise ValueError(f"{option} {model!r} {why_unreadable(model, error)}") from error
     if not values:
@@ -79,5 +79,5 @@ def _ask_hub(name: str, kind: str) -> str | None:
             return "cannot be read, as the Hub refuses the access token: run `hf auth login`, or correct HF_TOKEN."
         return f"cannot be read, as the Hub refuses it: {reason(error)}"
     except Exception as error:  # the client's connection errors are of no built-in kind
-        return f"is no local path, and the Hub at {hub} cannot be reached ({reason(error)}): check the path or the connection."
+        return f"{absent}: {hub} cannot be reached ({reason(error)}). Check the path or the connection."
     return None

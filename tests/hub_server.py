@@ -200,15 +200,20 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "branch":
             repository.branches[argument] = repository.branches["main"]
             return 200, {}
+        return self._at(name, repository, action, revision, folder, body)
+
+    def _at(
+        self, name: str, repository: Repository, action: str | None, revision: str, path: str, body: bytes
+    ) -> Answer:
         commit = repository.at(revision)
         if commit is None:
             return 404, {"error": f"Invalid rev id: {revision}", "code": "RevisionNotFound"}
         if action in (None, "revision"):
-            files = [{"rfilename": path} for path in commit.files]
+            files = [{"rfilename": file} for file in commit.files]
             about = {"id": name.removeprefix("datasets/"), "private": repository.private, "gated": repository.gated}
             return 200, about | {"sha": commit.oid, "siblings": files}
         if action == "tree":
-            entries = _tree(commit, folder, recursive="recursive=true" in urlsplit(self.path).query.lower())
+            entries = _tree(commit, path, recursive="recursive=true" in urlsplit(self.path).query.lower())
             return (200, entries) if entries else (404, {"error": "no such folder", "code": "EntryNotFound"})
         if action == "paths-info":
             asked = parse_qs(body.decode())["paths"]
@@ -222,10 +227,10 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, {"files": [_upload_mode(commit, each["path"]) for each in json.loads(body)["files"]]}
         if action == "commit":
             return self._commit(name, repository, revision, commit, body)
-        if action == "resolve" and folder in commit.files:
+        if action == "resolve" and path in commit.files:
             self.commit = commit.oid
-            return 200, commit.files[folder]
-        return 404, {"error": f"{action} {argument}: no such entry", "code": "EntryNotFound"}
+            return 200, commit.files[path]
+        return 404, {"error": f"{action} {path}: no such entry", "code": "EntryNotFound"}
 
     def _commit(self, name: str, repository: Repository, branch: str, parent: Commit, body: bytes) -> Answer:
         _, *operations = map(json.loads, body.splitlines())

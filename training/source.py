@@ -78,8 +78,8 @@ class ImageSource:
                 yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         except (OSError, HTTPError) as error:
             raise RuntimeError(
-                f"Shard {shard} of the split {self.split!r} cannot be read any more ({reason(error)}). Run the same command "
-                "again when it can be: training goes on from its newest checkpoint."
+                f"Shard {shard} of the split {self.split!r} cannot be read any more ({reason(error)}). Run the same "
+                "command again when it can be: training goes on from its newest checkpoint."
             ) from None  # the cause might quote the token
 
     def image_of(self, row: Row) -> dict[str, Any] | None:
@@ -200,9 +200,9 @@ def _find_builder(dataset: str, config: str | None) -> datasets.DatasetBuilder:
         raise ValueError(f"--dataset {dataset!r} {why_unreadable(dataset, error, 'dataset')}") from error
     except RuntimeError as error:  # the library's word for a loading script
         raise ValueError(
-            f"--dataset {dataset!r} cannot be read without running code of its authors ({reason(error)}). Where the Hub keeps "
-            f"a copy as Parquet files, `hf download {dataset} --repo-type dataset --revision refs/convert/parquet "
-            "--local-dir FOLDER` gets it, and --dataset FOLDER reads it."
+            f"--dataset {dataset!r} cannot be read without running its authors' code ({reason(error)}). If the Hub "
+            f"keeps a copy as Parquet files, get it with `hf download {dataset} --repo-type dataset --revision "
+            "refs/convert/parquet --local-dir FOLDER`, and give the folder."
         ) from error
 
 
