@@ -65,7 +65,7 @@ def _ask_hub(name: str, kind: str) -> str | None:
         HfApi().auth_check(name, repo_type=kind)
     except HFValidationError:
         repository, _, revision = name.partition("@")
-        remedy = f"`hf download {repository} --revision {revision} --local-dir FOLDER`, then give FOLDER"
+        remedy = f"`hf download {repository} --type {kind} --revision {revision} --local-dir FOLDER`, then give FOLDER"
         return f"{absent}, where names are USER/NAME: {remedy if revision else 'check the path'}."
     except OfflineModeIsEnabled:
         return "is no local path, and the Hub is not asked as HF_HUB_OFFLINE is set: unset it, or check the path."

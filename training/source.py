@@ -15,6 +15,7 @@ import fsspec
 import pyarrow.parquet as pq
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from httpx2 import HTTPError
+from huggingface_hub.errors import HFValidationError
 
 from modeling_micl.hub_access import reason, why_unreadable
 from training.config import DataSettings
@@ -196,7 +197,7 @@ def _find_builder(dataset: str, config: str | None) -> datasets.DatasetBuilder:
                 raise ValueError(f"--dataset {dataset}: a file must be .parquet, .tar or .arrow, or name its folder.")
             return datasets.load_dataset_builder(kind, data_files=str(path))
         return datasets.load_dataset_builder(str(path) if path.is_dir() else dataset, config)
-    except (OSError, HTTPError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         raise ValueError(f"--dataset {dataset!r} {why_unreadable(dataset, error, 'dataset')}") from error
     except RuntimeError as error:  # the library's word for a loading script
         raise ValueError(

@@ -205,7 +205,10 @@ def test_a_hub_out_of_reach_and_offline_mode_are_told_apart(hub: HubServer, monk
     ("name", "words"),
     [
         ("runs/photos/modle", "is no local path, .*names are USER/NAME: check the path"),
-        ("me/it@v1", "is no local path, .*: `hf download me/it --revision v1 --local-dir FOLDER`, then give FOLDER"),
+        (
+            "me/it@v1",
+            "is no local path, .*: `hf download me/it --type .* --revision v1 --local-dir FOLDER`, then give FOLDER",
+        ),
     ],
 )
 def test_what_is_no_name_on_the_hub_is_not_asked_for_there(hub: HubServer, name: str, words: str) -> None:
@@ -235,7 +238,7 @@ def test_code_in_a_models_repository_is_never_run(
         if model_type == "micl" and option != "SOURCE":  # which is a stock ViT
             READERS[option](model)
         else:
-            with pytest.raises(ValueError, match=f"{option} {model!r} .*'{model_type}'"):
+            with pytest.raises(ValueError, match=f"{model!r} .*'{model_type}'"):
                 READERS[option](model)
     assert not (tmp_path / "ran").exists()
 
@@ -257,3 +260,17 @@ def test_a_dataset_that_cannot_be_read_tells_why_before_anything_is_trained(
     said = str(error.value) + "".join(capfd.readouterr()) + caplog.text
     assert WRONG_TOKEN not in said
     assert TOKEN not in said
+
+
+@pytest.mark.slow
+def test_the_command_says_it_in_one_line_and_keeps_a_refused_token_to_itself(hub: HubServer, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training.pretrain", "--dataset", "me/it", "--output_dir", str(tmp_path / "run")]
+    command += ["--mixed_precision", "no", "--report_to", "none"]
+    home = tmp_path / "empty"
+    done = subprocess.run(command, cwd=ROOT, env=environment(hub, home, WRONG_TOKEN), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "training.pretrain: --dataset 'me/it' cannot be read, as the Hub refuses the access token" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert WRONG_TOKEN not in done.stdout + done.stderr
+    assert not [path for path in home.rglob("*") if path.is_file() and WRONG_TOKEN.encode() in path.read_bytes()]
+    assert not (tmp_path / "run").exists()

@@ -50,6 +50,7 @@ def losses(run: Path) -> list[float]:
     return [entry["loss"] for entry in read_metrics(run / "metrics.jsonl") if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_a_stream_from_the_hub_gives_the_losses_of_the_local_folder(
     hub: HubServer,
     data: Path,
