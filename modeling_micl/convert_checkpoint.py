@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from huggingface_hub import load_state_dict_from_file
 from torch import Tensor
-from transformers import PreTrainedConfig, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.utils import cached_file
 
 from .configuration_micl import MiclConfig, height_and_width
+from .hub_access import read_config_dict, reason
 from .modeling_micl import MiclForImageClassification, MiclForPreTraining
 from .parameter_names import convert_official_state_dict, official_parameter_names
 from .remote_code import add_remote_code
@@ -192,12 +193,7 @@ def _one_if_equal(size: list[int]) -> int | list[int]:
 
 def _read_stock(source: str, overrides: Mapping[str, Any]) -> MiclConverted:
     """A stock ViT, through the stock classes, which know all the names that its weights have had."""
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source!r} is no file, no model folder, and no Hub id that can be reached: {error}"
-        ) from error
+    values = read_config_dict(source, "SOURCE")
     if values.get("model_type") != "vit":
         raise ValueError(
             f"{source!r} has model_type={values.get('model_type')!r}, not 'vit'. Give a stock transformers ViT, or of "
@@ -210,7 +206,7 @@ def _read_stock(source: str, overrides: Mapping[str, Any]) -> MiclConverted:
     try:
         stock, info = stock_class.from_pretrained(source, output_loading_info=True, **options)
     except Exception as error:  # a damaged file raises an error of safetensors, which is of no built-in kind
-        raise ValueError(f"{source!r}: its weights cannot be read: {error}") from error
+        raise ValueError(f"SOURCE {source!r}: its weights cannot be read: {reason(error)}") from error
     missing = sorted(info["missing_keys"])
     unexpected = sorted(
         name for name in info["unexpected_keys"] if not name.removeprefix("vit.").startswith(NOT_THE_STOCK_ENCODERS)

@@ -18,11 +18,12 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.utils import cached_file
 
 from .configuration_micl import MiclConfig, height_and_width
 from .convert_checkpoint import PROCESSOR, STOCK_FIELDS
+from .hub_access import read_config_dict, reason
 from .modeling_micl import MiclForImageClassification, MiclForPreTraining
 from .parameter_names import official_parameter_names
 
@@ -81,13 +82,12 @@ def is_classifier(config: MiclConfig) -> bool:
 
 def read_config(model: str) -> MiclConfig:
     """The configuration of a stored MiCL model; a ValueError on anything else."""
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"MODEL {model!r} is no model folder and no Hub id that can be reached: {error}") from error
+    values = read_config_dict(model, "MODEL")
     if values.get("model_type") != MiclConfig.model_type:
-        found = f"the model_type in its config.json is {values.get('model_type')!r}" if values else "no config.json"
-        raise ValueError(f"MODEL {model!r} is no MiCL model: {found}. Give the folder that save_pretrained wrote.")
+        raise ValueError(
+            f"MODEL {model!r} is no MiCL model: the model_type in its config.json is {values.get('model_type')!r}. "
+            "Give the folder that save_pretrained wrote."
+        )
     config: MiclConfig = MiclConfig.from_pretrained(model)
     return config
 
@@ -98,7 +98,7 @@ def load(model: str, config: MiclConfig) -> MiclExportable:
     try:
         loaded, info = kind.from_pretrained(model, output_loading_info=True)
     except Exception as error:  # a damaged file raises an error of safetensors, which is of no built-in kind
-        raise ValueError(f"MODEL {model!r}: its weights cannot be read: {error}") from error
+        raise ValueError(f"MODEL {model!r}: its weights cannot be read: {reason(error)}") from error
     for problem in ("missing_keys", "unexpected_keys"):
         if info[problem]:
             raise ValueError(f"MODEL {model!r} is not a whole {kind.__name__}: {problem} {sorted(info[problem])[:3]}.")

@@ -1,7 +1,7 @@
 """A loopback Hub for the unmodified huggingface_hub client: repositories, commits, refs and LFS objects in memory.
 
 Point the client at it with HF_ENDPOINT=server.url and HF_HUB_DISABLE_XET=1. It follows the answers of huggingface.co
-as far as publishing and loading models need them.
+as far as publishing and loading models and datasets need them. A dataset's name begins with "datasets/".
 """
 
 import base64
@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 TOKEN = "hf_" + "a1B2" * 8
-LARGE = (".safetensors", ".png")
+LARGE = (".safetensors", ".png", ".parquet")
+REPOSITORY = r"/((?:datasets/)?[^/]+/[^/]+)"
 Answer = tuple[int, Any]
 
 
@@ -33,6 +34,7 @@ class Commit:
 @dataclass
 class Repository:
     private: bool
+    gated: bool = False  # its files are for nobody, as before the request for access is granted
     commits: list[Commit] = field(default_factory=lambda: [Commit({".gitattributes": b""}, [])])
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -57,10 +59,12 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # LFS content by its SHA-256
         self.requests: list[str] = []  # "METHOD path"
-        self.token = ""  # if set, what every request must carry
+        self.token = ""  # if set, what every request must carry but those that read from public repositories
         self.may_write = True
         self.break_at = ""  # break the connection once, at the next request that has this in "METHOD path"
         self.break_after = False  # only when it is carried out, so that just the answer is lost
+        self.break_amid = False  # only when half of the answer is sent
+        self.down = False  # answer nothing any more
 
     def uploads(self) -> list[str]:
         """The LFS objects that were sent, by their SHA-256, each as often as it was."""
@@ -95,27 +99,32 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         path = unquote(urlsplit(self.path).path)
         request, size = f"{self.command} {path}", int(self.headers.get("Content-Length") or 0)
-        breaks = self.server.breaks(request)
-        if breaks and not self.server.break_after:
+        breaks, amid = self.server.breaks(request), self.server.break_amid
+        if self.server.down or (breaks and not (self.server.break_after or amid)):
             self.rfile.read(size // 2)
             self.close_connection = True
             return
         body = self.rfile.read(size)
         self.server.requests.append(request)
         status, content = self._refusal(path) or self._answer(path, body)
-        if breaks:
-            self.close_connection = True
-            return
-        self._send(status, content)
+        self.close_connection = self.close_connection or breaks
+        if not breaks or amid:
+            self._send(status, content, cut=breaks)
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
-    def _send(self, status: int, content: Any) -> None:
+    def _send(self, status: int, content: Any, cut: bool) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and isinstance(content, bytes):
+            first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+            status, data = 206, data[first : last + 1]
         self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
         if isinstance(content, dict) and "code" in content:
             self.send_header("X-Error-Code", content["code"])
-        if status == 401:
+        if status == 401 and "code" not in content:
             self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
         if isinstance(content, bytes):
             self.send_header("X-Repo-Commit", self.commit)
@@ -123,17 +132,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if cut else data)
 
     def _refusal(self, path: str) -> Answer | None:
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if path.startswith("/lfs/"):  # the address itself is the permission, as with signed ones
             return None
-        if self.server.token and sent != self.server.token:
+        if self.server.token and sent != self.server.token and (sent or self._writes(path)):
             return 401, {"error": f"Invalid username or password: {sent}"}  # the worst case: it repeats the token
         if not self.server.may_write and self.command == "POST":
             return 403, {"error": "You don't have the rights to create a model under this namespace"}
         return None
+
+    def _writes(self, path: str) -> bool:
+        return self.command in ("POST", "PUT") and "/paths-info/" not in path
 
     def _answer(self, path: str, body: bytes) -> Answer:
         if path.startswith("/lfs/"):
@@ -148,19 +160,22 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(json.loads(body))
         if path.endswith(".git/info/lfs/objects/batch"):
             return 200, {"transfer": "basic", "objects": [self._lfs(each) for each in json.loads(body)["objects"]]}
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)(?:/(.+))?)?", path):
+        if match := re.fullmatch(rf"/api{REPOSITORY}(?:/([\w-]+)(?:/(.+))?)?", path.replace("/api/models/", "/api/")):
             name, action, argument = match.groups()
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(rf"{REPOSITORY}/resolve/([^/]+)/(.+)", path):
             name, action, argument = match[1], "resolve", (match[2], match[3])
         else:
             return 404, {"error": f"{path} is not served"}
-        repository = self.server.repositories.get(name)
-        if repository is None:
-            return 404, {"error": "Repository not found", "code": "RepoNotFound"}
+        repository, known = self.server.repositories.get(name), "Authorization" in self.headers
+        if repository is None or (repository.private and not known):
+            return 404 if known else 401, {"error": "Repository not found", "code": "RepoNotFound"}
+        if repository.gated and action in ("resolve", "auth-check"):
+            return 403 if known else 401, {"error": f"Access to {name} is restricted", "code": "GatedRepo"}
         return self._repository(name, repository, action, argument, body)
 
     def _create(self, wanted: dict[str, Any]) -> Answer:
         name = f"{wanted['organization']}/{wanted['name']}"
+        name = f"datasets/{name}" if wanted.get("type") == "dataset" else name
         if name in self.server.repositories:
             return 409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}
         self.server.repositories[name] = Repository(wanted.get("visibility") == "private")
@@ -178,18 +193,32 @@ class _Handler(BaseHTTPRequestHandler):
                 for kind, (where, refs) in kinds.items()
             }
             return 200, listed | {"converts": []}
-        revision = argument[0] if action == "resolve" else argument or "main"
+        if action == "auth-check":
+            return 200, {}
+        revision, folder = argument if action == "resolve" else (argument or "main", "")
         if action == "tree":
-            return 404, {"error": "no such folder", "code": "EntryNotFound"}
+            revision, _, folder = revision.partition("/")
         if action == "branch":
             repository.branches[argument] = repository.branches["main"]
             return 200, {}
+        return self._at(name, repository, action, revision, folder, body)
+
+    def _at(
+        self, name: str, repository: Repository, action: str | None, revision: str, path: str, body: bytes
+    ) -> Answer:
         commit = repository.at(revision)
         if commit is None:
             return 404, {"error": f"Invalid rev id: {revision}", "code": "RevisionNotFound"}
         if action in (None, "revision"):
-            files = [{"rfilename": path} for path in commit.files]
-            return 200, {"id": name, "sha": commit.oid, "private": repository.private, "siblings": files}
+            files = [{"rfilename": file} for file in commit.files]
+            about = {"id": name.removeprefix("datasets/"), "private": repository.private, "gated": repository.gated}
+            return 200, about | {"sha": commit.oid, "siblings": files}
+        if action == "tree":
+            entries = _tree(commit, path, recursive="recursive=true" in urlsplit(self.path).query.lower())
+            return (200, entries) if entries else (404, {"error": "no such folder", "code": "EntryNotFound"})
+        if action == "paths-info":
+            asked = parse_qs(body.decode())["paths"]
+            return 200, [entry for entry in _tree(commit, "", recursive=True) if entry["path"] in asked]
         if action == "tag":
             tag = json.loads(body)["tag"]
             there = tag in repository.tags
@@ -199,10 +228,10 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, {"files": [_upload_mode(commit, each["path"]) for each in json.loads(body)["files"]]}
         if action == "commit":
             return self._commit(name, repository, revision, commit, body)
-        if action == "resolve" and argument[1] in commit.files:
+        if action == "resolve" and path in commit.files:
             self.commit = commit.oid
-            return 200, commit.files[argument[1]]
-        return 404, {"error": f"{action} {argument}: no such entry", "code": "EntryNotFound"}
+            return 200, commit.files[path]
+        return 404, {"error": f"{action} {path}: no such entry", "code": "EntryNotFound"}
 
     def _commit(self, name: str, repository: Repository, branch: str, parent: Commit, body: bytes) -> Answer:
         _, *operations = map(json.loads, body.splitlines())
@@ -226,5 +255,24 @@ def _upload_mode(commit: Commit, path: str) -> dict[str, Any]:
     info = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
     if data is None:
         return info
-    blob = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-    return info | {"oid": hashlib.sha256(data).hexdigest() if large else blob}
+    return info | {"oid": hashlib.sha256(data).hexdigest() if large else _blob(data)}
+
+
+def _blob(data: bytes) -> str:
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+
+
+def _tree(commit: Commit, folder: str, recursive: bool) -> list[dict[str, Any]]:
+    """The files in a folder and its sub-folders, as deep as asked for."""
+    entries = {}
+    for path, data in commit.files.items():
+        inner = path.removeprefix(f"{folder}/") if folder else path
+        if folder and inner == path:
+            continue
+        parts = inner.split("/")
+        for depth in range(1, len(parts) if recursive else min(2, len(parts))):
+            name = "/".join([*([folder] if folder else []), *parts[:depth]])
+            entries[name] = {"type": "directory", "path": name, "oid": _blob(name.encode())}
+        if recursive or len(parts) == 1:
+            entries[path] = {"type": "file", "path": path, "size": len(data), "oid": _blob(data)}
+    return list(entries.values())

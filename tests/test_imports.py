@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "modeling_micl").rglob("*.py"))
 TRAINING = sorted((ROOT / "training").rglob("*.py"))
-ORDER = ["masking", "configuration_micl", "losses", "modeling_micl", "remote_code", "parameter_names"]
+ORDER = ["hub_access", "masking", "configuration_micl", "losses", "modeling_micl", "remote_code", "parameter_names"]
 ORDER += ["convert_checkpoint", "export_vit", "__init__"]
 
 

@@ -10,13 +10,16 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from httpx2 import HTTPError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from modeling_micl import MiclConfig, MiclForImageClassification, MiclModel
 from modeling_micl.configuration_micl import height_and_width
+from modeling_micl.hub_access import read_config_dict, reason
 from training.accuracy import TopKAccuracy
 from training.config import DataSettings, setting
 from training.features import (
@@ -176,12 +179,13 @@ def read_config(model: str, option: str = "--model") -> MiclConfig:
     Raises:
         ValueError: if it cannot be read, or is that of another kind of model.
     """
+    model_type = read_config_dict(model, option).get("model_type")
+    if model_type != MiclConfig.model_type:
+        raise ValueError(f"{option} {model!r} is a {model_type!r} model, not a 'micl' one.")
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{option} {model!r} is no folder with a model, and not on the Hub: {error}") from error
-    if not isinstance(config, MiclConfig):
-        raise ValueError(f"{option} {model!r} is a {config.model_type!r} model, not a 'micl' one.")
+        config: MiclConfig = MiclConfig.from_pretrained(model)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{option} {model!r} has an impossible config.json: {reason(error)}") from error
     return config
 
 
@@ -233,8 +237,8 @@ def _load(
     """A stored model with all its weights but those whose names begin with `optional`."""
     try:
         loaded, info = kind.from_pretrained(model, output_loading_info=True, **options)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{option} {model!r}: its weights cannot be read: {error}") from error
+    except (OSError, SafetensorError, HTTPError) as error:
+        raise ValueError(f"{option} {model!r}: its weights cannot be read: {reason(error)}") from error
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(optional))
     if missing:
         raise ValueError(f"{option} {model!r} lacks weights, as {missing[0]!r} ({len(missing)} in all).")

@@ -13,9 +13,11 @@ from typing import Any
 import datasets
 import fsspec
 import pyarrow.parquet as pq
-from datasets.exceptions import DatasetNotFoundError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from httpx2 import HTTPError
+from huggingface_hub.errors import HFValidationError
 
+from modeling_micl.hub_access import reason, why_unreadable
 from training.config import DataSettings
 from training.photos import photo_crops
 
@@ -37,7 +39,7 @@ class ImageSource:
         columns: names of all columns that the dataset has.
         split: name of the split.
         class_names: names of the labels, None if the data does not tell.
-        fingerprint: changes when files, row counts or columns change.
+        fingerprint: changes when files, row counts or columns change; on the Hub also when the files' content does.
         version: changes also when a file is written anew or the Hub has a new commit.
         files: the Parquet files behind the shards, None if they are something else.
     """
@@ -64,12 +66,22 @@ class ImageSource:
         return isinstance(self.rows, datasets.Dataset)
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[Row]:
-        """Rows start ≤ i < stop of one shard of a stream, in stored order."""
+        """Rows start ≤ i < stop of one shard of a stream, in stored order.
+
+        Raises:
+            RuntimeError: if they cannot be read, for a stream after many attempts over several minutes.
+        """
         assert isinstance(self.rows, datasets.IterableDataset)
         rows = self.rows.shard(num_shards=len(self.lengths), index=shard).skip(start).take(stop - start)
         # Read in batches because a plain loop in a DataLoader's worker would give it only a part of the rows.
-        for batch in rows.iter(batch_size=16):
-            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        try:
+            for batch in rows.iter(batch_size=16):
+                yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        except (OSError, HTTPError) as error:
+            raise RuntimeError(
+                f"Shard {shard} of the split {self.split!r} cannot be read any more ({reason(error)}). Run the same "
+                "command again when it can be: training goes on from its newest checkpoint."
+            ) from None  # the cause might quote the token
 
     def image_of(self, row: Row) -> dict[str, Any] | None:
         """The undecoded image in a row."""
@@ -185,23 +197,13 @@ def _find_builder(dataset: str, config: str | None) -> datasets.DatasetBuilder:
                 raise ValueError(f"--dataset {dataset}: a file must be .parquet, .tar or .arrow, or name its folder.")
             return datasets.load_dataset_builder(kind, data_files=str(path))
         return datasets.load_dataset_builder(str(path) if path.is_dir() else dataset, config)
-    except DatasetNotFoundError as error:
-        hint = (
-            f"It is gated: ask for access at https://huggingface.co/datasets/{dataset}, then log in with "
-            "`hf auth login` or set HF_TOKEN."
-            if "gated" in str(error).lower()
-            else "If it is private or gated, log in with `hf auth login`; otherwise check the name."
-        )
-        raise ValueError(f"Cannot open --dataset {dataset!r}: {error}\n{hint}") from error
-    except FileNotFoundError as error:
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise ValueError(f"--dataset {dataset!r} {why_unreadable(dataset, error, 'dataset')}") from error
+    except RuntimeError as error:  # the library's word for a loading script
         raise ValueError(
-            f"--dataset {dataset!r} is no folder of images, Parquet files or tars, and not on the Hub: {error}"
-        ) from error
-    except ConnectionError as error:
-        raise ValueError(
-            f"--dataset {dataset!r} is no local folder, and the Hub cannot be reached: {error}. Check the path or the "
-            "connection. A gated dataset (as ILSVRC/imagenet-1k) also needs access, to be asked for at "
-            f"https://huggingface.co/datasets/{dataset}, and a token: `hf auth login` or HF_TOKEN."
+            f"--dataset {dataset!r} cannot be read without running its authors' code ({reason(error)}). If the Hub "
+            f"keeps a copy as Parquet files, get it with `hf download {dataset} --repo-type dataset --revision "
+            "refs/convert/parquet --local-dir FOLDER`, and give the folder."
         ) from error
 
 
@@ -284,8 +286,15 @@ def first_rows(lengths: list[int], max_images: int) -> list[int]:
 
 
 def _fingerprint(files: Sequence[str], lengths: Sequence[int], features: datasets.Features) -> str:
-    names = [file if "://" in file else Path(file).name for file in files]
-    return _digest([names, list(lengths), str(features)])
+    return _digest([[_identity(file) for file in files], list(lengths), str(features)])
+
+
+def _identity(file: str) -> str:
+    """What a file is known by: on the Hub place and content, but not the commit, which changes with the card, too."""
+    if file.startswith("hf://"):
+        system, path = fsspec.core.url_to_fs(file)
+        return f"{re.sub('@[^/]*', '', file, count=1)} {system.info(path)['blob_id']}"
+    return file if "://" in file else Path(file).name
 
 
 def _digest(facts: list[Any]) -> str:

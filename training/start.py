@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
 from modeling_micl import MiclConfig, MiclForPreTraining, MiclModel
 from modeling_micl.configuration_micl import height_and_width
 from modeling_micl.convert_checkpoint import read_model
+from modeling_micl.hub_access import read_config_dict
 from training.evaluation import load_encoder
 from training.run import Run
 
@@ -27,11 +26,7 @@ def read_start(source: str, wanted: MiclConfig) -> MiclModel:
     Raises:
         ValueError: if it cannot be read whole, or has another geometry.
     """
-    try:
-        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-    except (OSError, ValueError):
-        model_type = None  # load_encoder says why
-    if model_type == "vit":
+    if read_config_dict(source, "--init_from").get("model_type") == "vit":
         encoder = read_model(source, mask_ratio=0.0).vit  # masking is up to the settings
     else:
         encoder = load_encoder(source, option="--init_from")

@@ -111,8 +111,8 @@ def test_what_is_no_micl_model_is_refused(tmp_path: Path, tiny_config: Callable[
     (tmp_path / "empty").mkdir()
     AutoModel.from_config(export_vit.vit_config(tiny_config())).save_pretrained(tmp_path / "stock")
     for name, reason in (
-        ("nowhere/at/all", "is no model folder and no Hub id that can be reached"),
-        ("empty", "is no MiCL model: no config.json. Give the folder"),
+        ("nowhere/at/all", "is no local path, and not a model on the Hub, .*check the path"),
+        ("empty", "is no model: it has no config.json. Give what save_pretrained wrote"),
         ("stock", "is no MiCL model: the model_type in its config.json is 'vit'"),
     ):
         with pytest.raises(ValueError, match=f"{name}' {reason}"):

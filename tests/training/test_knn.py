@@ -271,7 +271,7 @@ def test_a_model_that_is_not_there_or_of_another_kind_is_refused(
     folder: Path, run_knn: Callable[..., list[Entry]], extractions: list[str]
 ) -> None:
     (folder / "empty").mkdir()
-    refused(run_knn, "empty' is no folder with a model, and not on the Hub", extractions, model=str(folder / "empty"))
+    refused(run_knn, "empty' is no model: it has no config.json", extractions, model=str(folder / "empty"))
     tiny = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
     ViTModel(tiny).save_pretrained(folder / "vit")
     refused(run_knn, "vit' is a 'vit' model, not a 'micl' one", extractions, model=str(folder / "vit"))

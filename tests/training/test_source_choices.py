@@ -1,14 +1,7 @@
 """Which columns and splits of a dataset are used, and clear words where there is none."""
 
-import os
-import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -19,7 +12,6 @@ from training.source import available_splits, evaluation_split, open_source, ope
 
 
 Write = Callable[..., Path]
-ROOT = Path(__file__).parents[2]
 
 IMAGES = ([{"bytes": b"a", "path": None}, {"bytes": b"b", "path": None}], datasets.Image())
 CLASSES = ([1, 0], datasets.ClassLabel(names=["cat", "dog"]))
@@ -130,79 +122,3 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_does_not_exist_is_refused_without_asking_the_hub(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         open_source(str(tmp_path / "nowhere"))
-
-
-class _Gatekeeper(BaseHTTPRequestHandler):
-    """A Hub that has a dataset and shows it to nobody."""
-
-    def do_GET(self) -> None:
-        self.send_response(403)
-        self.send_header("X-Error-Code", "GatedRepo")
-        self.send_header("X-Error-Message", "Access to this dataset is restricted.")
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(b"{}")
-
-    do_HEAD = do_POST = do_GET
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def gated_hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Gatekeeper)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.fixture
-def no_hub() -> str:
-    """An address where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
-
-
-# The client waits 23 s between its attempts to reach the Hub.
-IMPATIENT = """
-import runpy, time
-time.sleep = lambda _: None
-runpy.run_module("training.pretrain", run_name="__main__")
-"""
-
-
-def complaint_of_command(hub: str, tmp_path: Path, *flags: str) -> str:
-    """What the command says when it fails, with the Hub elsewhere."""
-    environment = os.environ | {
-        "HF_ENDPOINT": hub,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE"):
-        environment.pop(proxy, None)
-    command = [sys.executable, "-c", IMPATIENT, "--report_to", "none", "--mixed_precision", "no"]
-    command += ["--output_dir", str(tmp_path / "run"), *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
-@pytest.mark.slow
-def test_a_gated_dataset_tells_how_to_get_access(gated_hub: str, tmp_path: Path) -> None:
-    complaint = complaint_of_command(gated_hub, tmp_path)
-    assert "gated" in complaint
-    assert "https://huggingface.co/datasets/ILSVRC/imagenet-1k" in complaint
-    assert "hf auth login" in complaint
-
-
-@pytest.mark.slow
-def test_a_hub_out_of_reach_is_told_from_a_wrong_path(no_hub: str, tmp_path: Path) -> None:
-    complaint = complaint_of_command(no_hub, tmp_path, "--dataset", "somebody/pictures")
-    assert "'somebody/pictures' is no local folder, and the Hub cannot be reached" in complaint
-    assert "hf auth login" in complaint

@@ -145,7 +145,7 @@ def test_the_objective_is_that_of_the_settings(
 
 
 def test_a_place_without_a_model_is_refused(settings: Settings, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--init_from '.*' is no folder with a model"):
+    with pytest.raises(ValueError, match="--init_from '.*' is no local path, and not a model on the Hub"):
         read_start(str(tmp_path / "nothing"), settings().model_config())
 
 

@@ -164,8 +164,8 @@ def test_other_models_are_refused(tmp_path: Path, config: Callable[..., Finetune
     (tmp_path / "empty").mkdir()
     for name, reason in (
         ("vit", "is a 'vit' model, not a 'micl' one"),
-        ("empty", "is no folder with a model"),
-        ("nowhere", "is no folder with a model, and not on the Hub"),
+        ("empty", "is no model: it has no config.json"),
+        ("nowhere", "is no local path, and not a model on the Hub, .*check the path"),
     ):
         with pytest.raises(ValueError, match=rf"--model '.*{name}' {reason}"):
             build_classifier(config(model=str(tmp_path / name)), NAMES)
