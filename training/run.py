@@ -170,7 +170,6 @@ class Run:
         run = cls(config, accelerator, source, plan, *accelerator.prepare(model, optimizer))
         if ema_decay is not None:
             run.averaged = AveragedModel(run.unwrapped(), multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-            accelerator.register_for_checkpointing(run.averaged)
         resume_run(run)
         settings = {key: str(value) for key, value in config.to_dict().items()}  # TensorBoard takes no lists, no None
         accelerator.init_trackers("micl", settings)
@@ -213,9 +212,7 @@ def save_run(run: Run) -> None:
         "data": run.source.fingerprint,
         "forward_images": run.plan.forward_images,
     }
-    save_checkpoint(
-        run.accelerator, run.folder / "checkpoints", run.progress.step, state, keep=run.config.save_total_limit
-    )
+    save_checkpoint(run, run.folder / "checkpoints", run.progress.step, state, keep=run.config.save_total_limit)
 
 
 def resume_run(run: Run) -> None:
@@ -259,7 +256,7 @@ def _restore(run: Run, checkpoint: Path) -> None:
             f"{checkpoint} was trained with other settings ({changes}). Go back to them, or start anew with another "
             "--output_dir or --resume none."
         )
-    load_checkpoint(run.accelerator, checkpoint)
+    load_checkpoint(run, checkpoint)
     run.progress = Progress(**state["progress"])
     run.accelerator.print(f"resuming from {checkpoint}")
 
