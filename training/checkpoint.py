@@ -1,49 +1,17 @@
-"""Resumable checkpoints, written so that a crash at any moment loses none, and the safe replacement of a folder.
-
-A checkpoint is tensors and JSON, never a pickle. It holds whole tensors under the names that they have in the bare
-model, however the processes wrap or share it out, so that any number of them can go on from it. It holds no state of
-random generators: what is random in training is drawn from the seed, the place in the course and the place in the
-batch, by generators made or seeded for it.
-"""
+"""Resumable checkpoints, written so that a crash at any moment loses none, and the safe replacement of a folder."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim.swa_utils import AveragedModel
+from training.tensors import OPTIMIZER, Resumable, load_tensors, write_tensors
 
 
-MODEL = "model.safetensors"
-AVERAGED = "averaged.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-OPTIMIZER_SETTINGS = "optimizer.json"
-STATE = "state.json"
 MANIFEST = "manifest.json"
-
-
-class Resumable(Protocol):
-    """What a checkpoint holds the state of; a `Run` is one.
-
-    Attributes:
-        accelerator: its processes and loss scaler.
-        model: as training uses it, wrapped or sharded.
-        optimizer: of the model's parameters.
-        averaged: moving average of the weights, None for none.
-    """
-
-    accelerator: Accelerator
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    averaged: AveragedModel | None
+STATE = "state.json"
 
 
 def save_checkpoint(run: Resumable, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -53,7 +21,7 @@ def save_checkpoint(run: Resumable, folder: Path, step: int, state: dict[str, An
     a checkpoint; old ones are deleted only then.
 
     Args:
-        run: what to save.
+        run: whose state to save, and its processes.
         folder: of all checkpoints.
         step: optimiser steps done.
         state: what else to restore, as JSON.
@@ -66,7 +34,7 @@ def save_checkpoint(run: Resumable, folder: Path, step: int, state: dict[str, An
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    _write_tensors(run, unfinished)
+    write_tensors(run, unfinished)
     if accelerator.is_main_process:
         (unfinished / STATE).write_text(json.dumps(state, indent=2))
         files = {str(path.relative_to(unfinished)): _digest(path) for path in unfinished.rglob("*") if path.is_file()}
@@ -136,15 +104,9 @@ def load_checkpoint(run: Resumable, checkpoint: Path) -> None:
     """Restore the model, its average, the optimiser and the loss scaler, with all processes together.
 
     Raises:
-        ValueError: if the checkpoint is of another model or optimiser, naming the tensors that differ.
+        ValueError: if the checkpoint is of another model or optimiser, naming what differs.
     """
-    _load_model(run.accelerator.unwrap_model(run.model), checkpoint / MODEL)
-    if run.averaged is not None:
-        _load_model(run.averaged, checkpoint / AVERAGED)
-    settings = json.loads((checkpoint / OPTIMIZER_SETTINGS).read_text())
-    _load_optimizer(run, settings["param_groups"], checkpoint / OPTIMIZER)
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(settings["scaler"])
+    load_tensors(run, checkpoint)
 
 
 def replace_folder(new: Path, final: Path) -> None:
@@ -157,77 +119,6 @@ def replace_folder(new: Path, final: Path) -> None:
     new.rename(final)
     _synchronise_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_tensors(run: Resumable, folder: Path) -> None:
-    """Write the tensors and the optimiser's settings: all processes take part, the main one writes."""
-    accelerator, optimizer = run.accelerator, run.optimizer
-    files = {MODEL: accelerator.unwrap_model(run.model).state_dict()}
-    if run.averaged is not None:
-        files[AVERAGED] = run.averaged.state_dict()
-    groups = _named_groups(run)
-    names = [name for group in groups for name in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    files[OPTIMIZER] = {
-        f"{name}.{key}": value
-        for name, parameter in zip(names, parameters, strict=True)
-        for key, value in optimizer.state.get(parameter, {}).items()  # nothing before the first step
-    }
-    for file, tensors in files.items():
-        whole = {}
-        for name, tensor in tensors.items():
-            gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if accelerator.is_main_process:
-                whole[name] = gathered.cpu().contiguous()
-        if accelerator.is_main_process:
-            save_file(whole, folder / file)
-    if accelerator.is_main_process:
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        (folder / OPTIMIZER_SETTINGS).write_text(json.dumps({"param_groups": groups, "scaler": scaler}, indent=2))
-
-
-def _load_model(model: nn.Module, file: Path) -> None:
-    own, stored = model.state_dict(), load_file(file)
-    _check_names(file, stored, own)
-    model.load_state_dict({name: _own_part(tensor, own[name]) for name, tensor in stored.items()})
-
-
-def _load_optimizer(run: Resumable, stored_groups: list[dict[str, Any]], file: Path) -> None:
-    groups, stored = _named_groups(run), load_file(file)
-    _check_names(file, _group_members(stored_groups), _group_members(groups))
-    parameters = dict(run.accelerator.unwrap_model(run.model).named_parameters())
-    own, keys = [name for group in groups for name in group["params"]], {name.split(".")[-1] for name in stored}
-    _check_names(file, stored, [f"{name}.{key}" for name in own for key in keys])
-    state = {name: {key: _own_part(stored[f"{name}.{key}"], parameters[name]) for key in keys} for name in own if keys}
-    settings = [
-        {key: tuple(value) if isinstance(value, list) else value for key, value in then.items()}
-        | {"params": now["params"]}
-        for then, now in zip(stored_groups, groups, strict=True)
-    ]
-    run.optimizer.load_state_dict({"state": state, "param_groups": settings})
-
-
-def _named_groups(run: Resumable) -> list[dict[str, Any]]:
-    """The optimiser's groups, with the names of their parameters in the bare model."""
-    names = {parameter: name for name, parameter in run.accelerator.unwrap_model(run.model).named_parameters()}
-    return [{**group, "params": [names[p] for p in group["params"]]} for group in run.optimizer.param_groups]
-
-
-def _group_members(groups: list[dict[str, Any]]) -> list[str]:
-    return [f"{name} in group {number}" for number, group in enumerate(groups) for name in group["params"]]
-
-
-def _check_names(file: Path, found: Iterable[str], expected: Iterable[str]) -> None:
-    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unexpected:
-        raise ValueError(f"{file} is of another model or optimiser: missing {missing}, unexpected {unexpected}.")
-
-
-def _own_part(whole: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of a whole tensor that is shared out as `like` is."""
-    if isinstance(like, DTensor) and whole.shape == like.shape:  # others are numbers, as the optimiser's steps
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return whole.clone()  # not the file itself, mapped into memory, which will be deleted
 
 
 def _by_step(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -34,7 +34,7 @@ def start_accelerator(config: TrainingSettings) -> Accelerator:
 
     Raises:
         ValueError: if a tracker is not installed, or fp16 is asked for without a GPU; accelerate itself would pass
-            over both in silence.
+            over both in silence. If the model would be wrapped in a way that checkpoints cannot be written from.
     """
     missing = set(config.trackers()) - {str(tracker) for tracker in get_available_trackers()}
     if missing:
@@ -49,6 +49,11 @@ def start_accelerator(config: TrainingSettings) -> Accelerator:
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision='fp16' needs a GPU, for its loss scaling: use 'bf16' or 'no' on the CPU.")
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ValueError(f"accelerate is set up for {kind.value}: use plain processes or FSDP with fsdp_version: 2.")
     use_all_cores(accelerator)
     return accelerator
 
