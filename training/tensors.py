@@ -96,7 +96,7 @@ def _trained(run: Resumable) -> dict[str, nn.Parameter]:
 
 def _write(accelerator: Accelerator, tensors: dict[str, Tensor], file: Path) -> None:
     whole = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # all processes gather the same one at a time
         gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if accelerator.is_main_process:
             whole[name] = gathered.cpu().contiguous()
