@@ -111,8 +111,8 @@ def _load_model(model: nn.Module, file: Path) -> None:
 
 
 def _load_optimizer(run: Resumable, groups: list[dict[str, Any]], file: Path) -> None:
-    trained, stored = _trained(run), load_file(file)
-    _check_names(file, _members(groups), _members(_named_groups(run)))
+    own_groups, trained, stored = _named_groups(run), _trained(run), load_file(file)
+    _check_names(file, _members(groups), _members(own_groups))
     keys = {name.rpartition(".")[2] for name in stored}
     _check_names(file, stored, (f"{name}.{key}" for name in trained for key in keys))
     state = {
@@ -120,12 +120,13 @@ def _load_optimizer(run: Resumable, groups: list[dict[str, Any]], file: Path) ->
         for name, parameter in trained.items()
         if keys
     }
-    run.optimizer.load_state_dict({"state": state, "param_groups": groups})  # names do as well as numbers
+    settings = [group | {"params": own["params"]} for group, own in zip(groups, own_groups, strict=True)]
+    run.optimizer.load_state_dict({"state": state, "param_groups": settings})  # names do as well as numbers
 
 
 def _members(groups: list[dict[str, Any]]) -> Iterator[str]:
     for number, group in enumerate(groups):
-        yield from (f"{name} (group {number}, place {place})" for place, name in enumerate(group["params"]))
+        yield from (f"{name} (group {number})" for name in group["params"])
 
 
 def _check_names(file: Path, found: Iterable[str], expected: Iterable[str]) -> None:

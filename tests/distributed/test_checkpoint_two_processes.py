@@ -100,7 +100,7 @@ def alone() -> Iterator[Accelerator]:
 
 @pytest.fixture(scope="module")
 def folder(alone: Accelerator, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints KIND, those of each that was loaded as another, KIND-OTHER, and these trained on, KIND-OTHER-later."""
+    """Checkpoints KIND, what came of each when it was loaded as another, KIND-OTHER, and later, KIND-OTHER-later."""
     folder = tmp_path_factory.mktemp("checkpoints")
     train_and_save(alone, "plain", folder)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

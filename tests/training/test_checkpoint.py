@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,18 +33,8 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@dataclass
-class Small:
-    """What a checkpoint is of."""
-
-    accelerator: Accelerator
-    model: nn.Linear
-    optimizer: torch.optim.Optimizer
-    averaged: None = None
-
-
 @pytest.fixture
-def run(no_accelerator: None) -> Small:
+def run(no_accelerator: None) -> SimpleNamespace:
     """A small model and an optimiser that has made a step."""
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision="no")
@@ -52,11 +42,11 @@ def run(no_accelerator: None) -> Small:
     model, optimizer = accelerator.prepare(layer, torch.optim.AdamW(layer.parameters()))
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    return Small(accelerator, model, optimizer)
+    return SimpleNamespace(accelerator=accelerator, model=model, optimizer=optimizer, averaged=None)
 
 
 @pytest.fixture
-def save(run: Small, tmp_path: Path) -> Callable[..., Path]:
+def save(run: SimpleNamespace, tmp_path: Path) -> Callable[..., Path]:
     """Save a checkpoint whose weights and state are its step."""
 
     def save(step: int, keep: int = 9) -> Path:
@@ -78,7 +68,7 @@ def newest_step(folder: Path) -> int:
     return int(read_state(found)["step"])
 
 
-def test_what_is_saved_comes_back(run: Small, save: Callable[..., Path]) -> None:
+def test_what_is_saved_comes_back(run: SimpleNamespace, save: Callable[..., Path]) -> None:
     model, optimizer = run.model, run.optimizer
     saved = save(7)
     momentum = optimizer.state[model.bias]["exp_avg"].clone()
@@ -183,19 +173,6 @@ def test_if_all_are_harmed_all_reasons_are_given(save: Callable[..., Path], tmp_
     assert [Path(reason.split(":")[0]).name for reason in refused] == ["step-000002", "step-000001"]
 
 
-def test_one_with_pickles_is_refused_unread(save: Callable[..., Path], tmp_path: Path) -> None:
-    """As accelerate writes it, and older versions did."""
-    older = save(1)
-    (older / "optimizer.safetensors").rename(older / "optimizer.bin")
-    (older / "optimizer.json").rename(older / "random_states_0.pkl")
-    names = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json")
-    (older / "manifest.json").write_text(json.dumps({name: checkpoint_module._digest(older / name) for name in names}))
-    assert newest_checkpoint(tmp_path) == (
-        None,
-        [f"{older}: written by an older version as pickles, which are not read: finish the run with that version"],
-    )
-
-
 def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step-000001").mkdir()
     assert newest_checkpoint(tmp_path)[0] is None
@@ -268,7 +245,7 @@ def test_death_at_any_moment_leaves_a_valid_checkpoint(
     assert survives_every_death(save, tmp_path, moment, keep, monkeypatch) > 10
 
 
-def delete_first(run: Small, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def delete_first(run: SimpleNamespace, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     for old in sorted(folder.glob("step-*"))[: 1 - keep or None]:
         shutil.rmtree(old)
     return save_checkpoint(run, folder, step, state, keep)
@@ -278,7 +255,9 @@ def trust_anything(checkpoint: Path) -> None:
     return None
 
 
-def test_deleting_old_ones_first_would_be_noticed(run: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_old_ones_first_would_be_noticed(
+    run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def save(step: int, keep: int = 9) -> Path:
         return delete_first(run, tmp_path, step, {"step": step}, keep)
 
@@ -286,7 +265,9 @@ def test_deleting_old_ones_first_would_be_noticed(run: Small, tmp_path: Path, mo
         survives_every_death(save, tmp_path, "before", 1, monkeypatch)
 
 
-def test_writing_in_place_would_be_noticed(run: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_in_place_would_be_noticed(
+    run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def save(step: int, keep: int = 9) -> Path:
         folder = tmp_path / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
