@@ -7,34 +7,34 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from training.tensors import OPTIMIZER, Resumable, load_tensors, write_tensors
 
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(run: Resumable, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `folder/step-N` with all processes together, and delete old ones.
 
     Everything is written beside its place, synchronised to disk and listed with checksums before one rename makes it
     a checkpoint; old ones are deleted only then.
 
     Args:
-        accelerator: holds the model, the optimiser and the loss scaler.
+        run: whose state to save, and its processes.
         folder: of all checkpoints.
         step: optimiser steps done.
         state: what else to restore, as JSON.
         keep: newest checkpoints to keep.
     """
+    accelerator = run.accelerator
     final, unfinished = folder / f"step-{step:06d}", folder / f".tmp-step-{step:06d}"
     if accelerator.is_main_process:
         for leftover in folder.glob(".tmp-step-*"):
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
+    write_tensors(run, unfinished)
     if accelerator.is_main_process:
         (unfinished / STATE).write_text(json.dumps(state, indent=2))
         files = {str(path.relative_to(unfinished)): _digest(path) for path in unfinished.rglob("*") if path.is_file()}
@@ -84,6 +84,8 @@ def find_defect(checkpoint: Path) -> str | None:
         files = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"no readable {MANIFEST} ({error})"
+    if OPTIMIZER not in files:
+        return "written by an older version as pickles, which are not read: finish the run with that version"
     for name, digest in files.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
@@ -98,9 +100,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Restore the model, the optimiser and the loss scaler that the accelerator holds."""
-    accelerator.load_state(str(checkpoint))
+def load_checkpoint(run: Resumable, checkpoint: Path) -> None:
+    """Restore the model, its average, the optimiser and the loss scaler, with all processes together.
+
+    Raises:
+        ValueError: if the checkpoint is of another model or optimiser, naming what differs.
+    """
+    load_tensors(run, checkpoint)
 
 
 def replace_folder(new: Path, final: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -34,7 +34,7 @@ def start_accelerator(config: TrainingSettings) -> Accelerator:
 
     Raises:
         ValueError: if a tracker is not installed, or fp16 is asked for without a GPU; accelerate itself would pass
-            over both in silence.
+            over both in silence. If the model would be wrapped in a way that checkpoints cannot be written from.
     """
     missing = set(config.trackers()) - {str(tracker) for tracker in get_available_trackers()}
     if missing:
@@ -49,6 +49,11 @@ def start_accelerator(config: TrainingSettings) -> Accelerator:
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision='fp16' needs a GPU, for its loss scaling: use 'bf16' or 'no' on the CPU.")
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ValueError(f"accelerate is set up for {kind.value}: use plain processes or FSDP with fsdp_version: 2.")
     use_all_cores(accelerator)
     return accelerator
 
@@ -170,7 +175,6 @@ class Run:
         run = cls(config, accelerator, source, plan, *accelerator.prepare(model, optimizer))
         if ema_decay is not None:
             run.averaged = AveragedModel(run.unwrapped(), multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-            accelerator.register_for_checkpointing(run.averaged)
         resume_run(run)
         settings = {key: str(value) for key, value in config.to_dict().items()}  # TensorBoard takes no lists, no None
         accelerator.init_trackers("micl", settings)
@@ -213,9 +217,7 @@ def save_run(run: Run) -> None:
         "data": run.source.fingerprint,
         "forward_images": run.plan.forward_images,
     }
-    save_checkpoint(
-        run.accelerator, run.folder / "checkpoints", run.progress.step, state, keep=run.config.save_total_limit
-    )
+    save_checkpoint(run, run.folder / "checkpoints", run.progress.step, state, keep=run.config.save_total_limit)
 
 
 def resume_run(run: Run) -> None:
@@ -259,7 +261,7 @@ def _restore(run: Run, checkpoint: Path) -> None:
             f"{checkpoint} was trained with other settings ({changes}). Go back to them, or start anew with another "
             "--output_dir or --resume none."
         )
-    load_checkpoint(run.accelerator, checkpoint)
+    load_checkpoint(run, checkpoint)
     run.progress = Progress(**state["progress"])
     run.accelerator.print(f"resuming from {checkpoint}")
 

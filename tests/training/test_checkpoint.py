@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from training import checkpoint as checkpoint_module
+from training import tensors
 from training.checkpoint import (
     find_defect,
     load_checkpoint,
@@ -24,30 +26,33 @@ from training.checkpoint import (
 )
 
 
+FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json")
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
 
 @pytest.fixture
-def accelerator(no_accelerator: None) -> Accelerator:
-    """With a small model and an optimiser that has made a step."""
+def run(no_accelerator: None) -> SimpleNamespace:
+    """A small model and an optimiser that has made a step."""
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision="no")
     layer = nn.Linear(3, 2)
     model, optimizer = accelerator.prepare(layer, torch.optim.AdamW(layer.parameters()))
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    return accelerator
+    return SimpleNamespace(accelerator=accelerator, model=model, optimizer=optimizer, averaged=None)
 
 
 @pytest.fixture
-def save(accelerator: Accelerator, tmp_path: Path) -> Callable[..., Path]:
+def save(run: SimpleNamespace, tmp_path: Path) -> Callable[..., Path]:
     """Save a checkpoint whose weights and state are its step."""
 
     def save(step: int, keep: int = 9) -> Path:
         with torch.no_grad():
-            accelerator._models[0].weight.fill_(step)
-        return save_checkpoint(accelerator, tmp_path, step, {"step": step}, keep)
+            run.model.weight.fill_(step)
+        return save_checkpoint(run, tmp_path, step, {"step": step}, keep)
 
     return save
 
@@ -63,8 +68,8 @@ def newest_step(folder: Path) -> int:
     return int(read_state(found)["step"])
 
 
-def test_what_is_saved_comes_back(accelerator: Accelerator, save: Callable[..., Path]) -> None:
-    model, optimizer = accelerator._models[0], accelerator._optimizers[0]
+def test_what_is_saved_comes_back(run: SimpleNamespace, save: Callable[..., Path]) -> None:
+    model, optimizer = run.model, run.optimizer
     saved = save(7)
     momentum = optimizer.state[model.bias]["exp_avg"].clone()
     assert saved.name == "step-000007"
@@ -73,7 +78,7 @@ def test_what_is_saved_comes_back(accelerator: Accelerator, save: Callable[..., 
     with torch.no_grad():
         model.weight.zero_()
         optimizer.state[model.bias]["exp_avg"].zero_()
-    load_checkpoint(accelerator, saved)
+    load_checkpoint(run, saved)
     assert (model.weight == 7).all()
     assert torch.equal(optimizer.state[model.bias]["exp_avg"], momentum)
 
@@ -82,7 +87,7 @@ def test_every_file_is_in_the_manifest(save: Callable[..., Path]) -> None:
     saved = save(1)
     files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
     assert set(json.loads((saved / "manifest.json").read_text())) == files - {"manifest.json"}
-    assert {"model.safetensors", "optimizer.bin", "state.json"} <= files
+    assert files == {*FILES, "manifest.json"}
 
 
 def test_the_newest_are_kept(save: Callable[..., Path], tmp_path: Path) -> None:
@@ -138,9 +143,6 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json")
-
-
 @pytest.mark.parametrize(
     ("name", "harm", "reason"),
     [
@@ -180,7 +182,7 @@ class Assassin:
     """Kills at the n-th operation on files: before it, half-way through it, or after it."""
 
     WATCHED = (
-        *((os, "fsync"), (shutil, "rmtree"), (Accelerator, "save_state")),
+        *((os, "fsync"), (shutil, "rmtree"), (tensors, "save_file")),
         *((Path, name) for name in ("mkdir", "write_text", "rename", "open")),
     )
 
@@ -202,9 +204,9 @@ class Assassin:
                 next(path for path in sorted(Path(args[0]).rglob("*")) if path.is_file()).unlink()
             elif self.moment == "half-way" and name == "write_text":
                 operation(args[0], args[1][: len(args[1]) // 2])
-            elif self.moment == "half-way" and name == "save_state":
+            elif self.moment == "half-way" and name == "save_file":
                 operation(*args, **kwargs)
-                truncate(Path(args[1]) / "model.safetensors")
+                truncate(args[1])
             raise Killed
 
         return guarded
@@ -243,10 +245,10 @@ def test_death_at_any_moment_leaves_a_valid_checkpoint(
     assert survives_every_death(save, tmp_path, moment, keep, monkeypatch) > 10
 
 
-def delete_first(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def delete_first(run: SimpleNamespace, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     for old in sorted(folder.glob("step-*"))[: 1 - keep or None]:
         shutil.rmtree(old)
-    return save_checkpoint(accelerator, folder, step, state, keep)
+    return save_checkpoint(run, folder, step, state, keep)
 
 
 def trust_anything(checkpoint: Path) -> None:
@@ -254,22 +256,22 @@ def trust_anything(checkpoint: Path) -> None:
 
 
 def test_deleting_old_ones_first_would_be_noticed(
-    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save(step: int, keep: int = 9) -> Path:
-        return delete_first(accelerator, tmp_path, step, {"step": step}, keep)
+        return delete_first(run, tmp_path, step, {"step": step}, keep)
 
     with pytest.raises(AssertionError):
         survives_every_death(save, tmp_path, "before", 1, monkeypatch)
 
 
 def test_writing_in_place_would_be_noticed(
-    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save(step: int, keep: int = 9) -> Path:
         folder = tmp_path / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        accelerator.save_state(str(folder))
+        tensors.write_tensors(run, folder)
         (folder / "state.json").write_text(json.dumps({"step": step}))
         return folder
 

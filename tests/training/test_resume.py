@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import Accelerator
 from run_folder import course, same_weights, saved_steps
 from safetensors.torch import load_file
 
@@ -22,7 +21,7 @@ from training import run as run_module
 from training.checkpoint import find_defect
 from training.config import PretrainConfig
 from training.log import Logger, read_metrics
-from training.run import Progress, StopRequest
+from training.run import Progress, Run, StopRequest
 
 
 Write = Callable[..., Path]
@@ -64,8 +63,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert same_weights(whole, parts)
 
 
-def load_only_weights(accelerator: Accelerator, checkpoint: Path) -> None:
-    accelerator._models[0].load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+def load_only_weights(run: Run, checkpoint: Path) -> None:
+    run.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
 
 
 def without_forwards(**progress: Any) -> Progress:
@@ -191,13 +190,13 @@ def test_a_damaged_checkpoint_is_refused_if_given_and_passed_over_if_not(
     run = run_pretraining(settings(max_steps=4, save_steps=2))
     whole = shutil.copytree(run, tmp_path / "whole")
     damaged = run / "checkpoints" / "step-000004"
-    os.truncate(damaged / "optimizer.bin", 100)
-    with pytest.raises(ValueError, match=r"step-000004: optimizer.bin is damaged"):
+    os.truncate(damaged / "optimizer.safetensors", 100)
+    with pytest.raises(ValueError, match=r"step-000004: optimizer.safetensors is damaged"):
         run_pretraining(settings(max_steps=4, save_steps=2, resume=str(damaged)))
     run_pretraining(settings(max_steps=4, save_steps=2))
     printed = capsys.readouterr().out
     assert "not resuming from" in printed
-    assert "optimizer.bin is damaged" in printed
+    assert "optimizer.safetensors is damaged" in printed
     assert f"resuming from {run / 'checkpoints' / 'step-000002'}" in printed
     assert course(run) == course(whole)
     assert same_weights(run, whole)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from run_folder import course, same_weights
+from safetensors.torch import load_file
 from torch import Tensor
 
 from training import loop, pretrain
@@ -69,6 +71,27 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(
 def test_fp16_without_a_gpu_is_refused(settings: Settings, run_pretraining: Train) -> None:
     with pytest.raises(ValueError, match="mixed_precision='fp16' needs a GPU"):
         run_pretraining(settings(dataset="no/such/folder", mixed_precision="fp16"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp2", "refused"),
+    [
+        *((DistributedType.DEEPSPEED, False, True), (DistributedType.MEGATRON_LM, False, True)),
+        *((DistributedType.FSDP, False, True), (DistributedType.FSDP, True, False)),
+    ],
+)
+def test_what_no_checkpoint_can_be_written_from_is_refused(
+    kind: DistributedType,
+    fsdp2: bool,
+    refused: bool,
+    settings: Settings,
+    run_pretraining: Train,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", fsdp2)
+    with pytest.raises(ValueError, match=f"set up for {kind.value}" if refused else "no/such/folder"):
+        run_pretraining(settings(dataset="no/such/folder"))
 
 
 # Randomness
@@ -141,5 +164,5 @@ def test_accumulation_steps_once_for_several_forward_passes(
     assert rates == pytest.approx([rate for rate in expected for _ in range(3)])
     checkpoint, _ = newest_checkpoint(run / "checkpoints")
     assert checkpoint is not None
-    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
-    assert {int(state["step"]) for state in optimizer["state"].values()} == {6}
+    optimizer = load_file(checkpoint / "optimizer.safetensors")
+    assert {int(value) for name, value in optimizer.items() if name.endswith(".step")} == {6}
