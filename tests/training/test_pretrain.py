@@ -60,6 +60,8 @@ def test_a_run_leaves_a_folder_to_resume_and_one_to_share(labelled_run: tuple[Pa
             assert np.asarray(image.convert("L")).std() > 10
 
     entries = read_metrics(run / "metrics.jsonl")
+    batch = {"negatives": "local", "global_batch_size": 8, "images_per_process": 8, "images_per_pass": 8}
+    assert entries.pop(0) == {"step": 0, "processes": 1, "images_per_step": 8} | batch
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, 25))
     assert [entry["epoch"] for entry in steps] == [n / 8 for n in range(1, 25)]
