@@ -38,9 +38,9 @@ class MiclForPreTrainingOutput(ModelOutput):
     """Output of `MiclForPreTraining`.
 
     Args:
-        loss: scalar, the contrastive loss of this process's images.
-        logits: (B, G), similarities over temperature of view 0 of the B own images against view 1 of all G contrasted
-            images; for V > 2 (V·(V-1), B, G).
+        loss: with `return_loss`, a scalar, the contrastive loss of this process's images.
+        logits: with `return_loss`, (B, G), similarities over temperature of view 0 of the B own images against view 1
+            of all G contrasted images; for V > 2 (V·(V-1), B, G).
         view_embeds: (B, V, D), the L2-normalised [CLS] embeddings of the views.
         ids_visible: (B, V, K) int64, the patches that each view saw.
         hidden_states: with `output_hidden_states=True`, the embeddings and every layer's output, (B·V, 1+K, D) each.
@@ -313,6 +313,7 @@ class MiclForPreTraining(MiclPreTrainedModel):
         ids_visible: Tensor | None = None,
         generator: torch.Generator | None = None,
         interpolate_pos_encoding: bool = False,
+        return_loss: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiclForPreTrainingOutput:
         """Draw the views of every image, embed them, and contrast them in the batch.
@@ -323,6 +324,7 @@ class MiclForPreTraining(MiclPreTrainedModel):
             ids_visible: (B, V, K) int64, the views themselves; V ≥ 2.
             generator: source of the random views, on the images' device.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
+            return_loss: False only embeds the views; `contrast` can compare them later, with those of other batches.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
@@ -346,13 +348,7 @@ class MiclForPreTraining(MiclPreTrainedModel):
             cls = outputs.pooler_output
             cls = cls.float() if cls.dtype in (torch.float16, torch.bfloat16) else cls
             view_embeds = (cls / cls.norm(dim=-1, keepdim=True)).unflatten(0, ids_visible.shape[:2])  # (B, V, D)
-            loss, logits = micl_loss(
-                view_embeds,
-                temperature=self.config.temperature,
-                kappa=self.config.kappa,
-                similarity=self.config.similarity,
-                negatives=self.config.negatives,
-            )
+            loss, logits = self.contrast(view_embeds) if return_loss else (None, None)
         return MiclForPreTrainingOutput(
             loss=loss,
             logits=logits,
@@ -360,6 +356,16 @@ class MiclForPreTraining(MiclPreTrainedModel):
             ids_visible=ids_visible,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def contrast(self, view_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the logits of embedded views (B, V, D); see `micl_loss`."""
+        return micl_loss(
+            view_embeds,
+            temperature=self.config.temperature,
+            kappa=self.config.kappa,
+            similarity=self.config.similarity,
+            negatives=self.config.negatives,
         )
 
     def sample_views(

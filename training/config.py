@@ -1,4 +1,4 @@
-"""Settings of the two training loops: what both share, pre-training's and fine-tuning's own, and their checks."""
+"""Settings of training: what all entry points share, pre-training's own, and their checks."""
 
 import re
 from dataclasses import asdict, dataclass, field
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from modeling_micl import MiclConfig
+from training.batch_size import check_contrasted, check_micro_batch, share_of
 
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # USER/NAME on the Hub
@@ -70,8 +71,7 @@ class TrainingSettings(DataSettings):
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images is broken, in [0, 1]")
 
     gradient_checkpointing: bool = setting(False, "save memory: recompute each layer in the backward pass")
-    per_device_batch_size: int = setting(256, "images of each process in one forward pass")
-    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step; adds no negatives")
+    gradient_accumulation_steps: int = setting(1, "batches per optimiser step; adds no negatives")
     epochs: int = setting(200, "passes over the data that the learning-rate schedule spans")
     warmup_epochs: float = setting(10, "epochs of linear warm-up from 0")
     max_steps: int | None = setting(None, "end after so many optimiser steps; the schedule still spans all epochs")
@@ -106,10 +106,30 @@ class TrainingSettings(DataSettings):
         """Names of the trackers asked for."""
         return [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
 
+    def images_per_process(self, processes: int) -> int:
+        """Images that each process brings to a batch.
+
+        Raises:
+            ValueError: if they cannot be shared out to so many processes.
+        """
+        raise NotImplementedError
+
+    def images_per_pass(self, processes: int) -> int:
+        """Images of one process that go through the model at once."""
+        return self.images_per_process(processes)
+
+    def contrasted_images(self, processes: int) -> int:
+        """Images whose losses depend on each other; 1 where each image has its own."""
+        return 1
+
+    def batch_size_name(self) -> str:
+        """The setting that decides how many images a batch has."""
+        return "per_device_batch_size"
+
     def validate(self) -> None:
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
         super().validate()
-        self._validate_at_least(1, "per_device_batch_size", "gradient_accumulation_steps", "epochs", "logging_steps")
+        self._validate_at_least(1, "gradient_accumulation_steps", "epochs", "logging_steps")
         self._validate_at_least(1, "save_steps", "max_steps", "save_total_limit", "shuffle_window")
         self._validate_at_least(0, "warmup_epochs", "base_lr", "min_lr", "seed", "weight_decay", "max_grad_norm")
         self._validate_share("crop_min_scale", zero=False)
@@ -147,6 +167,19 @@ class PretrainConfig(TrainingSettings):
     similarity: Literal["t-sp", "cosine"] = setting("t-sp", "similarity of two views")
     negatives: Literal["local", "global"] = setting("local", "contrast the images of one process, or of all")
 
+    per_device_batch_size: int | None = setting(
+        None, "images of each process, all in one pass; unset, 256 or by contrastive_batch_size"
+    )
+    contrastive_batch_size: int | None = setting(
+        None, "images contrasted together: with global negatives those of all processes, with local of each one"
+    )
+    per_device_micro_batch_size: int | None = setting(
+        None, "images of each process in one pass; fewer than its share means the cached loss; unset, its whole share"
+    )
+    find_micro_batch: bool = setting(
+        False, "begin with a search for the largest per_device_micro_batch_size that fits"
+    )
+
     adam_beta1: float = setting(0.9, "in [0, 1)")
     adam_beta2: float = setting(0.95, "in [0, 1)")
 
@@ -156,7 +189,14 @@ class PretrainConfig(TrainingSettings):
 
     CHANGEABLE: ClassVar[set[str]] = TrainingSettings.CHANGEABLE | {
         *("label_column", "knn_epochs", "knn_images", "online_probe"),
+        # Only the batch that they make must stay (see Plan); how it is shared out changes the time alone.
+        *("per_device_batch_size", "contrastive_batch_size", "per_device_micro_batch_size", "find_micro_batch"),
     }
+
+    def __post_init__(self) -> None:
+        """Have one of the two batch sizes."""
+        if self.per_device_batch_size is None and self.contrastive_batch_size is None:
+            self.per_device_batch_size = 256
 
     def model_config(self) -> MiclConfig:
         """The model's configuration; raises ValueError on an impossible one."""
@@ -176,15 +216,38 @@ class PretrainConfig(TrainingSettings):
             negatives=self.negatives,
         )
 
+    def batch_size_name(self) -> str:
+        """The setting that decides how many images a batch has."""
+        return "per_device_batch_size" if self.contrastive_batch_size is None else "contrastive_batch_size"
+
+    def images_per_process(self, processes: int) -> int:
+        """Images that each process brings to a contrastive batch.
+
+        Raises:
+            ValueError: if there would be no negatives, or the batch cannot be shared out evenly.
+        """
+        images, micro_batch = self.contrastive_batch_size, self.per_device_micro_batch_size
+        if images is None:
+            assert self.per_device_batch_size is not None
+            return self.per_device_batch_size
+        if self.negatives == "global":
+            images = share_of(images, processes, micro_batch)
+        if micro_batch is not None:
+            check_micro_batch(micro_batch, images, f"the {images} images of each process")
+        return images
+
+    def images_per_pass(self, processes: int) -> int:
+        """Images of one process that go through the model at once; fewer than its share with the cached loss."""
+        return self.per_device_micro_batch_size or self.images_per_process(processes)
+
     def contrasted_images(self, processes: int) -> int:
         """Images among which a view must find its own: the pool of negatives.
 
         Raises:
-            ValueError: if there would be no negatives.
+            ValueError: if there would be no negatives, or the batch cannot be shared out evenly.
         """
-        images = self.per_device_batch_size * (processes if self.negatives == "global" else 1)
-        if images < 2:
-            raise ValueError("per_device_batch_size=1 leaves no negatives, and the loss would be 0: use at least 2.")
+        images = self.images_per_process(processes) * (processes if self.negatives == "global" else 1)
+        check_contrasted(images, self.batch_size_name(), getattr(self, self.batch_size_name()))
         return images
 
     def validate(self) -> None:
@@ -200,95 +263,34 @@ class PretrainConfig(TrainingSettings):
                 "online_probe goes with the kNN evaluations, of at least 10 images: raise "
                 f"knn_epochs={self.knn_epochs} or knn_images={self.knn_images}."
             )
+        self._validate_batch()
         super().validate()
 
-
-@dataclass
-class ClassifierSettings(TrainingSettings):
-    """What fine-tuning and the published linear probe have in common: they train a classifier on a given encoder."""
-
-    model: str | None = setting(None, "pre-trained encoder: a portable folder or Hub id")
-    random_init: bool = setting(False, "keep only the architecture of --model, with random weights: the comparison")
-    crop_min_scale: float = setting(0.08, "smallest share of the image in a random crop, in (0, 1]; 1 does not crop")
-    gradient_accumulation_steps: int = setting(1, "forward passes per optimiser step")
-    eval_epochs: int = setting(1, "epochs between evaluations; 0 evaluates only at the end")
-
-    CHANGEABLE: ClassVar[set[str]] = TrainingSettings.CHANGEABLE | {"eval_epochs"}
-
-    def validate(self) -> None:
-        """Raise a ValueError that names the first impossible setting, its value and the remedy."""
-        if self.model is None:
-            raise ValueError("model is not set: name a portable folder or a Hub id with --model.")
-        self._validate_at_least(0, "eval_epochs")
-        super().validate()
-
-
-@dataclass
-class ProbeConfig(ClassifierSettings):
-    """One linear probe. The defaults of the published protocol are MAE's for ViT-B."""
-
-    protocol: Literal["fast", "published"] = setting(
-        "fast", "fast: fitted to features extracted once; published: trained on random crops with LARS"
-    )
-    features: Literal["cls", "mean"] = setting("cls", "fast: [CLS], or the patches' mean; published takes [CLS]")
-    few_shot: list[float] = setting([0.01, 0.1], "fast: also with these shares of each class's labels; 1 turns it off")
-    features_cache: str | None = setting(None, "fast: folder for extracted features; unset, beside the datasets")
-
-    per_device_batch_size: int = setting(512, "images of each process in one forward pass")
-    epochs: int = setting(90, "passes over the data that the learning-rate schedule spans")
-    base_lr: float = setting(0.1, "learning rate for 256 images per optimiser step")
-    weight_decay: float = setting(0.0, "of the head's weight")
-    output_dir: str = setting("runs/linear_probe", "folder for the classifier in model/, and published: the rest")
-
-    def validate(self) -> None:
-        """Raise a ValueError that names the first impossible setting, its value and the remedy."""
-        super().validate()
-        self._validate_few_shot(self.few_shot)
-        if self.push_to_hub:
-            raise ValueError("push_to_hub is for pre-training and fine-tuning: publish a probe with training.publish.")
-        if self.protocol == "published" and self.features == "mean":
-            raise ValueError("features='mean' goes with protocol='fast' only: the published protocol probes [CLS].")
-
-
-@dataclass
-class FinetuneConfig(ClassifierSettings):
-    """One fine-tuning run. The defaults are MAE's for ViT-B, which MiCL's fine-tuning follows."""
-
-    new_head: bool = setting(False, "give a model that is a classifier already a fresh head")
-    classifier_pooling: Literal["mean", "cls"] = setting("mean", "what the head sees: the patches' mean, or [CLS]")
-
-    rand_augment: str = setting("rand-m9-mstd0.5-inc1", "RandAugment policy in timm's notation, or 'none'")
-    erasing_probability: float = setting(0.25, "share of the images with a random box of noise, in [0, 1]")
-    mixup_alpha: float = setting(0.8, "mixup; 0 turns it off")
-    cutmix_alpha: float = setting(1.0, "cutmix, instead of mixup in half of the batches where both are on; 0 is off")
-    label_smoothing: float = setting(0.1, "in [0, 1)")
-    drop_path_rate: float = setting(0.1, "stochastic depth of the last layer, in [0, 1)")
-
-    per_device_batch_size: int = setting(128, "images of each process in one forward pass")
-    epochs: int = setting(100, "passes over the data that the learning-rate schedule spans")
-    warmup_epochs: float = setting(5, "epochs of linear warm-up from 0")
-    base_lr: float = setting(5e-4, "learning rate of the head for 256 images per optimiser step")
-    min_lr: float = setting(1e-6, "learning rate of the head at the end of the schedule")
-    layer_decay: float = setting(0.65, "factor of the learning rate from each layer to the one before, in (0, 1]")
-    adam_beta1: float = setting(0.9, "in [0, 1)")
-    adam_beta2: float = setting(0.999, "in [0, 1)")
-    ema_decay: float | None = setting(None, "evaluate and keep a moving average of the weights with this decay")
-    output_dir: str = setting("runs/finetune", "folder for checkpoints/, metrics.jsonl, figures/ and model/")
-
-    def validate(self) -> None:
-        """Raise a ValueError that names the first impossible setting, its value and the remedy."""
-        self._validate_share("erasing_probability")
-        self._validate_share("label_smoothing", "drop_path_rate", "adam_beta1", "adam_beta2", one=False)
-        self._validate_share("layer_decay", zero=False)
-        self._validate_at_least(0, "mixup_alpha", "cutmix_alpha")
-        if self.ema_decay is not None:
-            self._validate_share("ema_decay", one=False)
-        if (self.mixup_alpha or self.cutmix_alpha) and self.per_device_batch_size % 2:
+    def _validate_batch(self) -> None:
+        """What can be said about the batch sizes before the number of processes is known."""
+        self._validate_at_least(1, "per_device_batch_size", "contrastive_batch_size", "per_device_micro_batch_size")
+        if self.contrastive_batch_size is None:
+            for name in ("per_device_micro_batch_size", "find_micro_batch"):
+                if value := getattr(self, name):
+                    raise ValueError(
+                        f"{name}={value} goes with contrastive_batch_size: give that in place of "
+                        f"per_device_batch_size={self.per_device_batch_size}."
+                    )
+            return
+        if self.per_device_batch_size is not None:
             raise ValueError(
-                f"per_device_batch_size={self.per_device_batch_size} must be even: mixup and cutmix pair the images. "
-                "Change it, or turn both off with mixup_alpha=0 and cutmix_alpha=0."
+                f"per_device_batch_size={self.per_device_batch_size} and contrastive_batch_size="
+                f"{self.contrastive_batch_size} both say how large the batch is: give only one of them."
             )
-        super().validate()
+        check_contrasted(self.contrastive_batch_size, "contrastive_batch_size", self.contrastive_batch_size)
+        if self.per_device_micro_batch_size is not None:
+            whole = f"contrastive_batch_size={self.contrastive_batch_size}"
+            check_micro_batch(self.per_device_micro_batch_size, self.contrastive_batch_size, whole)
+            if self.find_micro_batch:
+                raise ValueError(
+                    f"find_micro_batch would replace per_device_micro_batch_size={self.per_device_micro_batch_size}: "
+                    "give only one of them."
+                )
 
 
 def _one_or_pair(size: list[int]) -> int | list[int]:

@@ -6,7 +6,7 @@
 import sys
 
 from training.augment import Augmentation
-from training.config import FinetuneConfig
+from training.classifier_config import FinetuneConfig
 from training.log import Logger
 from training.loop import train
 from training.optim import layer_decay_optimizer

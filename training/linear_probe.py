@@ -16,7 +16,7 @@ from accelerate.utils import broadcast
 
 from modeling_micl import MiclForImageClassification
 from training.augment import Augmentation
-from training.config import ProbeConfig
+from training.classifier_config import ProbeConfig
 from training.evaluation import FrozenSettings, FrozenSplits, accuracies, frozen_splits, is_classifier, read_config
 from training.judge import LinearProbe, fit_probe
 from training.log import Logger

@@ -174,6 +174,14 @@ class Logger:
         self._restart()
         return stopping
 
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Write an entry with what decides the course of training from here on, and the batch as it is shared out."""
+        run, plan = self.run, self.run.plan
+        batch = {name: getattr(plan, name) for name in ("images_per_process", "images_per_pass", "images_per_step")}
+        batch = {"global_batch_size": plan.contrasted_images, "processes": run.accelerator.num_processes} | batch
+        if self.file:
+            self.file.write({"step": run.progress.step} | facts | batch)
+
     def write_evaluation(self, evaluate: Callable[[], dict[str, float]]) -> None:
         """Run an evaluation and write an entry with its result; its time does not count as training."""
         start = time.perf_counter()

@@ -34,6 +34,12 @@ class Task(ABC):
     def forward(self, batch: Batch) -> ModelOutput:
         """The model's output, with its loss, on this process's part of a global batch, which is on the CPU still."""
 
+    def forward_backward(self, batch: Batch) -> ModelOutput:
+        """As `forward`, and add the loss's gradient to the parameters."""
+        output = self.forward(batch)
+        self.run.accelerator.backward(output.loss)
+        return output
+
     def metrics(self, output: ModelOutput) -> dict[str, Tensor]:
         """What to log of a batch beside the loss."""
         return {}
@@ -52,16 +58,15 @@ def process_batches(run: Run, task: Task) -> Iterator[Batch]:
     order = TrainingOrder(run.source, run.plan.forward_images, config.seed, config.shuffle_window)
     transform = task.transform(height_and_width(run.unwrapped().config.image_size))
     places = TrainingBatches(order, transform, run.first_place, run.last_place, run.progress.forwards)
-    return batches(places, min(config.num_workers, config.per_device_batch_size))
+    return batches(places, min(config.num_workers, run.plan.images_per_process))
 
 
-def forward_backward(run: Run, task: Task, batch: Batch, with_norm: bool) -> tuple[ModelOutput, Tensor | None]:
-    """One forward and backward pass, and the optimiser's step when it is due; the gradient's norm if asked for."""
+def learn(run: Run, task: Task, batch: Batch, with_norm: bool) -> tuple[ModelOutput, Tensor | None]:
+    """Pass a batch forward and backward, and step when it is due; the gradient's norm if asked for."""
     config, accelerator = run.config, run.accelerator
     grad_norm = None
     with accelerator.accumulate(run.model):
-        output = task.forward(batch)
-        accelerator.backward(output.loss)
+        output = task.forward_backward(batch)
         if accelerator.sync_gradients and (config.max_grad_norm or with_norm):
             grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
         set_learning_rate(run.optimizer, run.learning_rate())
@@ -85,7 +90,7 @@ def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
             step % config.save_steps == 0 or step == total_steps or (stop.came and accelerator.num_processes == 1)
         )
         log_due = step % config.logging_steps == 0 or save_due
-        output, grad_norm = forward_backward(run, task, batch, with_norm=log_due)
+        output, grad_norm = learn(run, task, batch, with_norm=log_due)
         log.add(batch, output.loss)
         if not accelerator.sync_gradients:
             continue

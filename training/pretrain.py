@@ -12,6 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput, visible_patches_per_view
 from modeling_micl.configuration_micl import height_and_width
+from training.cached import cached_backward, find_micro_batch
 from training.card import write_card
 from training.config import PretrainConfig
 from training.data import Batch
@@ -71,11 +72,31 @@ class Contrast(Task):
 
     def forward(self, batch: Batch) -> MiclForPreTrainingOutput:
         """Draw the views and contrast them."""
-        run, pixels = self.run, normalize_pixels(batch.to(self.run.accelerator.device).pixels)
-        num_patches = run.unwrapped().config.num_patches
-        forwards, images = run.progress.forwards, run.plan.forward_images
-        noise = view_noise(self.config.seed, forwards, images, num_patches, pixels.device)
-        output: MiclForPreTrainingOutput = run.model(pixels, noise=noise[run.first_place : run.last_place])
+        return self._embed(batch, self._noise(), slice(None), return_loss=True)
+
+    def forward_backward(self, batch: Batch) -> ModelOutput:
+        """By the cached loss where the process's share of the batch takes several passes."""
+        run, plan = self.run, self.run.plan
+        if plan.images_per_pass == plan.images_per_process:
+            return super().forward_backward(batch)
+        noise = self._noise()
+
+        def embed(rows: slice) -> MiclForPreTrainingOutput:
+            return self._embed(batch, noise, rows, return_loss=False)
+
+        return cached_backward(run.accelerator, run.model, embed, plan.images_per_process, plan.images_per_pass)
+
+    def _noise(self) -> Tensor:
+        """This process's rows of the noise of the whole batch."""
+        run, num_patches = self.run, self.run.unwrapped().config.num_patches
+        images, device = run.plan.forward_images, run.accelerator.device
+        noise = view_noise(self.config.seed, run.progress.forwards, images, num_patches, device)
+        return noise[run.first_place : run.last_place]
+
+    def _embed(self, batch: Batch, noise: Tensor, rows: slice, return_loss: bool) -> MiclForPreTrainingOutput:
+        """Run the model on some of the images, which come to the device only now."""
+        pixels = normalize_pixels(batch.pixels[rows].to(self.run.accelerator.device, non_blocking=True))
+        output: MiclForPreTrainingOutput = self.run.model(pixels, noise=noise[rows], return_loss=return_loss)
         return output
 
     def metrics(self, output: ModelOutput) -> dict[str, Tensor]:
@@ -97,14 +118,13 @@ class Contrast(Task):
 
     def after_checkpoint(self) -> None:
         """Send the model to the Hub, if asked for."""
-        self.uploads.send_checkpoint(lambda: write_model(self.run, self.config))
+        self.uploads.send_checkpoint(lambda: write_model(self.run))
 
 
-def write_model(run: Run, config: PretrainConfig) -> Path:
+def write_model(run: Run) -> Path:
     """Write the portable folder, with how the model was trained."""
-    folder, negatives = run.folder / "model", config.contrasted_images(run.accelerator.num_processes)
-    save_model(run.unwrapped(), folder, training_facts(run, "training.pretrain", contrasted_images=negatives))
-    return folder
+    save_model(run.unwrapped(), run.folder / "model", training_facts(run, "training.pretrain"))
+    return run.folder / "model"
 
 
 def open_sources(config: PretrainConfig) -> tuple[ImageSource, ImageSource | None]:
@@ -121,20 +141,36 @@ def untrained_model(config: PretrainConfig) -> MiclForPreTraining:
     return MiclForPreTraining(config.model_config())
 
 
+def use_largest_micro_batch(run: Run) -> None:
+    """Plan with as many images per pass as fit into memory, and say how many they are."""
+    accelerator, model = run.accelerator, run.unwrapped().config
+
+    def embed(images: int) -> Tensor:
+        size = (images, *height_and_width(model.image_size), model.num_channels)
+        pixels = torch.randint(0, 256, size, dtype=torch.uint8, device=accelerator.device)
+        view_embeds: Tensor = run.model(normalize_pixels(pixels), return_loss=False).view_embeds
+        return view_embeds
+
+    share = run.plan.images_per_process
+    run.plan.images_per_pass = find_micro_batch(accelerator, run.model, run.optimizer, embed, share)
+    accelerator.print(f"per_device_micro_batch_size={run.plan.images_per_pass} is the largest that fits")
+
+
 def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSource) -> Run:
     """Build the model and the optimiser, or restore them from the newest checkpoint."""
-    contrasted_images = config.contrasted_images(accelerator.num_processes)
     model = untrained_model(config)
     optimizer = build_optimizer(model, config.weight_decay, (config.adam_beta1, config.adam_beta2))
     run = Run.start(config, accelerator, source, model, optimizer)
     if config.init_from is not None and run.progress.step == 0:  # a resumed run has its checkpoint's weights
         start_from(run, config.init_from)
+    if config.find_micro_batch:
+        use_largest_micro_batch(run)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     seen = visible_patches_per_view(model.config.num_patches, config.mask_ratio, config.num_views)
     about = {
         "model": f"{parameters / 1e6:.1f} M parameters, {gigaflop_per_image(model.config):.3g} GFLOP per image",
         "views": f"{config.num_views} of {seen} patches each, out of {model.config.num_patches}",
-        "global_batch_size": f"{contrasted_images} images contrasted together ({config.negatives} negatives)",
+        "global_batch_size": f"{run.plan.contrasted_images} images contrasted together ({config.negatives} negatives)",
     }
     accelerator.print(summary(run, about))
     return run
@@ -147,7 +183,7 @@ def finish(run: Run, config: PretrainConfig, log: Logger, eval_source: ImageSour
     trained = run.unwrapped()
     assert isinstance(trained, MiclForPreTraining)
     if accelerator.is_main_process:
-        write_model(run, config)
+        write_model(run)
     before = untrained_model(config).to(accelerator.device)
     if config.init_from is not None:
         load_start(before, config.init_from, run.folder)
@@ -176,8 +212,9 @@ def main(config: PretrainConfig) -> None:
         source, eval_source = open_sources(config)
     run = start_run(config, accelerator, source)
     stop = StopRequest()
-    alarm = CollapseAlarm(config.contrasted_images(accelerator.num_processes))
+    alarm = CollapseAlarm(run.plan.contrasted_images)
     with Logger(run, stop, "pre-training", alarm.check) as log:
+        log.write_facts({"negatives": config.negatives})
         completed = train(run, Contrast(run, config, eval_source, uploads), log, stop)
     if completed:
         finish(run, config, log, eval_source, uploads)

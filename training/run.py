@@ -33,8 +33,9 @@ def start_accelerator(config: TrainingSettings) -> Accelerator:
     """Processes, precision and trackers.
 
     Raises:
-        ValueError: if a tracker is not installed, or fp16 is asked for without a GPU; accelerate itself would pass
-            over both in silence. If the model would be wrapped in a way that checkpoints cannot be written from.
+        ValueError: if a tracker is not installed, or fp16 is asked for without a GPU (accelerate itself would pass
+            over both in silence); if the batch cannot be shared out to the processes; or if the model would be wrapped
+            in a way that checkpoints cannot be written from.
     """
     missing = set(config.trackers()) - {str(tracker) for tracker in get_available_trackers()}
     if missing:
@@ -54,6 +55,7 @@ def start_accelerator(config: TrainingSettings) -> Accelerator:
         kind == DistributedType.FSDP and not accelerator.is_fsdp2
     ):
         raise ValueError(f"accelerate is set up for {kind.value}: use plain processes or FSDP with fsdp_version: 2.")
+    config.contrasted_images(accelerator.num_processes)  # refuses an impossible batch before anything is loaded
     use_all_cores(accelerator)
     return accelerator
 
@@ -69,7 +71,10 @@ def use_all_cores(accelerator: Accelerator) -> None:
 class Plan:
     """What follows from the recipe, the data and the hardware."""
 
-    forward_images: int  # images of one forward pass over all processes
+    forward_images: int  # images of one batch over all processes
+    images_per_process: int  # its share of a batch
+    images_per_pass: int  # of one process, through the model at once; fewer than its share with the cached loss
+    contrasted_images: int  # the pool of negatives; 1 without a contrastive loss
     images_per_step: int  # images per optimiser step
     forwards_per_epoch: int
     total_steps: int  # optimiser steps of this run
@@ -80,13 +85,17 @@ def make_plan(config: TrainingSettings, num_images: int, processes: int) -> Plan
     """Derive the batch sizes, steps and learning rate.
 
     Raises:
-        ValueError: if the data do not fill one batch, or one optimiser step.
+        ValueError: if the batch cannot be shared out to the processes, or the data do not fill one batch or one
+            optimiser step.
     """
-    forward_images = config.per_device_batch_size * processes
+    contrasted_images, share = config.contrasted_images(processes), config.images_per_process(processes)
+    forward_images = share * processes
     if num_images < forward_images:
+        name = config.batch_size_name()
+        most = num_images // processes * (getattr(config, name) // share)
         raise ValueError(
-            f"The {num_images} images do not fill one batch of {config.per_device_batch_size} on {processes} "
-            f"processes: lower per_device_batch_size to at most {num_images // processes}."
+            f"The {num_images} images do not fill one batch of {share} on {processes} processes: "
+            f"lower {name} to at most {most}."
         )
     forwards_per_epoch = num_images // forward_images
     images_per_step = forward_images * config.gradient_accumulation_steps
@@ -98,6 +107,9 @@ def make_plan(config: TrainingSettings, num_images: int, processes: int) -> Plan
         )
     return Plan(
         forward_images=forward_images,
+        images_per_process=share,
+        images_per_pass=config.images_per_pass(processes),
+        contrasted_images=contrasted_images,
         images_per_step=images_per_step,
         forwards_per_epoch=forwards_per_epoch,
         total_steps=min(total_steps, config.max_steps or total_steps),
@@ -108,11 +120,16 @@ def make_plan(config: TrainingSettings, num_images: int, processes: int) -> Plan
 def summary(run: "Run", about_the_model: dict[str, str]) -> str:
     """What the run is going to do, with everything that follows from its settings."""
     config, plan, processes = run.config, run.plan, run.accelerator.num_processes
+    left_out = run.source.num_images % plan.forward_images
+    passes = f", in passes of {plan.images_per_pass} (cached loss)"
+    cached = plan.images_per_pass < plan.images_per_process
     lines = {
-        "data": f"{config.dataset}, {run.source.num_images:,} images in {len(run.source.lengths)} shards",
+        "data": f"{config.dataset}, {run.source.num_images:,} images in {len(run.source.lengths)} shards"
+        + (f"; the last {left_out} of each epoch's order are left out" if left_out else ""),
         **about_the_model,
-        "per_device_batch_size": f"{config.per_device_batch_size} images, on {processes} processes",
-        "images per optimiser step": f"{plan.images_per_step} ({config.gradient_accumulation_steps} forward passes)",
+        "images per process": f"{plan.images_per_process}, on {processes} processes" + (passes if cached else ""),
+        "images per optimiser step": f"{plan.images_per_step} = {config.gradient_accumulation_steps} × "
+        f"{plan.forward_images}",
         "learning rate": f"{plan.peak_lr:.3g} at its peak = {config.base_lr:g} × {plan.images_per_step} / 256",
         "steps": f"{plan.total_steps:,}, {plan.forwards_per_epoch / config.gradient_accumulation_steps:g} per epoch; "
         f"schedule over {config.epochs} epochs, {config.warmup_epochs:g} of them warm-up",
@@ -188,12 +205,12 @@ class Run:
     @property
     def first_place(self) -> int:
         """This process's first place in the global batch."""
-        return int(self.accelerator.process_index) * self.config.per_device_batch_size
+        return int(self.accelerator.process_index) * self.plan.images_per_process
 
     @property
     def last_place(self) -> int:
         """The place behind this process's last."""
-        return self.first_place + self.config.per_device_batch_size
+        return self.first_place + self.plan.images_per_process
 
     def learning_rate(self) -> float:
         """The rate of the optimiser step that the next forward pass belongs to."""
@@ -216,6 +233,7 @@ def save_run(run: Run) -> None:
         "config": run.config.to_dict(),
         "data": run.source.fingerprint,
         "forward_images": run.plan.forward_images,
+        "contrasted_images": run.plan.contrasted_images,
     }
     save_checkpoint(run, run.folder / "checkpoints", run.progress.step, state, keep=run.config.save_total_limit)
 
@@ -250,10 +268,11 @@ def _restore(run: Run, checkpoint: Path) -> None:
         **run.config.to_dict(),
         "data": run.source.fingerprint,
         "forward_images": run.plan.forward_images,
+        "contrasted_images": run.plan.contrasted_images,
     }
     # A setting that came after the checkpoint had its default's effect then.
     then = type(run.config)().to_dict() | state["config"]
-    then |= {"data": state["data"], "forward_images": state["forward_images"]}
+    then |= {key: state[key] for key in ("data", "forward_images", "contrasted_images")}
     differing = [k for k in now if k not in run.config.CHANGEABLE and now[k] != then.get(k)]
     if differing:
         changes = ", ".join(f"{key}: {then.get(key)!r} → {now[key]!r}" for key in differing)

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from modeling_micl import MiclConfig, MiclForImageClassification
 from training.augment import Augmentation
 from training.card import write_card
-from training.config import ClassifierSettings
+from training.classifier_config import ClassifierSettings
 from training.data import Batch
 from training.evaluation import (
     accuracies,

@@ -1,4 +1,7 @@
-"""The command on two processes: with global negatives it learns what one process learns from the whole batch."""
+"""The command on two processes: with global negatives it learns what one process learns from the whole batch.
+
+In one pass, or in several with the cached loss.
+"""
 
 import io
 import json
@@ -18,8 +21,9 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
-STEPS = 10
-UNEVEN = [3, 25, 0, 14, 70]  # 112 images: seven batches of sixteen
+STEPS = 50
+BATCH = 32
+UNEVEN = [3, 25, 0, 14, 70]  # 112 images: three batches
 
 pytestmark = pytest.mark.slow
 
@@ -64,15 +68,17 @@ class Finished:
         return {result["features"]: result["value"] for result in results}
 
 
-def train(folder: Path, name: str, processes: int, negatives: str) -> Finished:
-    """Run the command on processes that share a batch of sixteen."""
+def train(folder: Path, name: str, processes: int, negatives: str, micro_batch: int | None = None) -> Finished:
+    """Run the command on processes that share a batch."""
     settings = {
         **{"dataset": folder / "data", "output_dir": folder / name, "image_size": 16, "patch_size": 4},
         **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mask_ratio": 0.5},
-        **{"per_device_batch_size": 16 // processes, "epochs": 3, "warmup_epochs": 1, "base_lr": 0.05},
+        **{"contrastive_batch_size": BATCH if negatives == "global" else BATCH // processes},
+        **{"epochs": 17, "warmup_epochs": 1, "base_lr": 0.02},
         **{"max_steps": STEPS, "mixed_precision": "no", "logging_steps": 1, "report_to": "none"},
         **{"num_workers": 0, "shuffle_window": 8, "negatives": negatives, "knn_images": 50},
-        **{"knn_epochs": 1, "online_probe": "true"},
+        **{"knn_epochs": 8, "online_probe": "true"},
+        **({"per_device_micro_batch_size": micro_batch} if micro_batch else {}),
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "training.pretrain"]
@@ -84,7 +90,7 @@ def train(folder: Path, name: str, processes: int, negatives: str) -> Finished:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
-    """A run of one process, and runs of two with either kind of negatives."""
+    """Runs of one process and of two, with either kind of negatives and with the cached loss."""
     folder = tmp_path_factory.mktemp("runs")
     write_shards(folder / "data", "train", UNEVEN)
     write_shards(folder / "data", "test", [31])
@@ -92,24 +98,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
         "one": train(folder, "one", 1, "global"),
         "global": train(folder, "global", 2, "global"),
         "local": train(folder, "local", 2, "local"),
+        "one, cached": train(folder, "one, cached", 1, "global", 8),
+        "global, cached": train(folder, "global, cached", 2, "global", 4),
     }
 
 
-@pytest.mark.parametrize("name", ["one", "global", "local"])
+@pytest.mark.parametrize("name", ["one", "global", "local", "one, cached", "global, cached"])
 def test_the_command_comes_to_its_end(name: str, runs: dict[str, Finished]) -> None:
     assert runs[name].status == 0, runs[name].complaints[-5000:]
-    assert f"on {1 if name == 'one' else 2} processes" in runs[name].printed
+    assert f"on {1 if name.startswith('one') else 2} processes" in runs[name].printed
     assert runs[name].printed.count("kNN accuracy on") == 1
     names = {path.name for path in runs[name].folder.iterdir()}
     assert names == {"checkpoints", "metrics.jsonl", "model", "figures"}
 
 
-def test_global_negatives_on_two_processes_learn_what_one_process_does(runs: dict[str, Finished]) -> None:
-    one, several = runs["one"], runs["global"]
-    for name in ("loss", "grad_norm"):
-        assert several.column(name) == pytest.approx(one.column(name), rel=1e-5)
-    for name in ("step", "epoch", "learning_rate", "contrastive_accuracy", "broken_images"):
-        assert several.column(name) == pytest.approx(one.column(name))
+@pytest.mark.parametrize("name", ["global", "one, cached", "global, cached"])
+def test_however_a_batch_is_shared_out_it_learns_the_same(name: str, runs: dict[str, Finished]) -> None:
+    one, several = runs["one"], runs[name]
+    assert len(one.column("loss")) == STEPS
+    for metric in ("loss", "grad_norm"):
+        assert several.column(metric) == pytest.approx(one.column(metric), rel=1e-5)
+    for metric in ("step", "epoch", "learning_rate", "contrastive_accuracy", "broken_images"):
+        assert several.column(metric) == pytest.approx(one.column(metric))
     last = f"checkpoints/step-{STEPS:06d}/model.safetensors"
     some, others = load_file(one.folder / last), load_file(several.folder / last)
     assert some.keys() == others.keys()
@@ -138,7 +148,7 @@ def test_two_processes_share_the_evaluation(name: str, runs: dict[str, Finished]
 
 def test_two_processes_share_the_evaluations_during_training(runs: dict[str, Finished]) -> None:
     one, several = runs["one"].online(), runs["global"].online()
-    assert [entry["step"] for entry in one] == [entry["step"] for entry in several] == [0, 7]
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in several] == [0, 24, 48]
     assert one[0] == several[0]  # before training
     assert one[1] == pytest.approx(several[1], abs=1.5 / 31)
 

@@ -64,6 +64,20 @@ def test_the_pretraining_loss_is_that_of_the_views_it_reports(tiny_model: Model,
     assert outputs.logits.shape == (6, 3, 3)
 
 
+def test_views_can_be_embedded_now_and_contrasted_later(tiny_model: Model, pixel_values: Tensor) -> None:
+    model = tiny_model(MiclForPreTraining, similarity="cosine", temperature=0.2, num_views=3)
+    noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(2))
+    whole = model(pixel_values, noise=noise)
+    parts = [
+        model(pixel_values[i : i + 1], noise=noise[i : i + 1], return_loss=False, output_hidden_states=True)
+        for i in range(3)
+    ]
+    assert parts[0].keys() == {"view_embeds", "ids_visible", "hidden_states"}
+    loss, logits = model.contrast(torch.cat([part.view_embeds for part in parts]))
+    torch.testing.assert_close(loss, whole.loss)
+    torch.testing.assert_close(logits, whole.logits)
+
+
 def test_noise_seed_and_views_decide_alike(tiny_model: Model, pixel_values: Tensor) -> None:
     model, noise = tiny_model(MiclForPreTraining), torch.rand(3, 16)
     by_noise = model(pixel_values, noise=noise)

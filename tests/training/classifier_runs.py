@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from modeling_micl import MiclConfig, MiclForPreTraining
 from training import finetune, linear_probe
-from training.config import FinetuneConfig, ProbeConfig
+from training.classifier_config import FinetuneConfig, ProbeConfig
 from training.log import read_metrics
 from training.results import save_model
 

@@ -36,7 +36,7 @@ from transformers import AutoConfig, pipeline
 from modeling_micl import MiclForPreTraining
 from modeling_micl.remote_code import REMOTE_FILES
 from training import finetune, supervised
-from training.config import FinetuneConfig
+from training.classifier_config import FinetuneConfig
 from training.log import read_metrics
 from training.parser import parse_settings
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from training.config import FinetuneConfig, PretrainConfig
+from training.classifier_config import FinetuneConfig
+from training.config import PretrainConfig
 from training.evaluation import FrozenSettings
 from training.parser import parse_settings
 
@@ -40,7 +41,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe: Any)
     flags = recipe("epochs: 17\nseed: 3\nimage_size: [96, 64]\nreport_to: none\n")
     config = parse([*flags, "--seed", "5"])
     assert (config.epochs, config.seed, config.image_size, config.report_to) == (17, 5, [96, 64], "none")
-    assert config.per_device_batch_size == PretrainConfig.per_device_batch_size
+    assert config.num_workers == PretrainConfig.num_workers
     assert parse(["--seed", "5", *flags]) == config
 
 

@@ -62,6 +62,8 @@ def test_a_run_leaves_a_folder_to_resume_and_one_to_share(labelled_run: tuple[Pa
             assert np.asarray(image.convert("L")).std() > 10
 
     entries = read_metrics(run / "metrics.jsonl")
+    batch = {"negatives": "local", "global_batch_size": 8, "images_per_process": 8, "images_per_pass": 8}
+    assert entries.pop(0) == {"step": 0, "processes": 1, "images_per_step": 8} | batch
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, 25))
     assert [entry["epoch"] for entry in steps] == [n / 8 for n in range(1, 25)]
@@ -75,7 +77,7 @@ def test_a_run_leaves_a_folder_to_resume_and_one_to_share(labelled_run: tuple[Pa
     results = json.loads((run / "model" / "eval.json").read_text())
     assert results["training"]["program"] == "training.pretrain"
     assert results["training"]["progress"]["step"] == 24
-    assert results["training"]["contrasted_images"] == 8
+    assert results["training"]["plan"]["contrasted_images"] == 8
     by_name = {result["features"]: result for result in results["results"]}
     assert len(by_name) == 5
     printed_values = dict(re.findall(r"^  (\S.*?)  +(\d+\.\d)%$", printed, flags=re.MULTILINE))

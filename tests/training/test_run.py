@@ -1,5 +1,6 @@
 """What a run derives from its settings: plans, masks and optimiser steps."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,39 @@ def test_too_few_images_are_refused(write_shards: Write, settings: Settings, run
     with pytest.raises(ValueError, match="The 7 images do not fill one batch of 8 .*at most 7"):
         run_pretraining(settings())
     assert make_plan(settings(), 8, 1).total_steps == 8
+    contrastive = {"per_device_batch_size": None, "contrastive_batch_size": 16}
+    with pytest.raises(ValueError, match="batch of 8 on 2 processes: lower contrastive_batch_size to at most 14"):
+        make_plan(settings(negatives="global", **contrastive), 15, 2)
+    with pytest.raises(ValueError, match="batch of 16 on 2 processes: lower contrastive_batch_size to at most 15"):
+        make_plan(settings(negatives="local", **contrastive), 31, 2)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_is_loaded(
+    settings: Settings, run_pretraining: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    config = settings(
+        dataset="no/such/folder", negatives="global", per_device_batch_size=None, contrastive_batch_size=8
+    )
+    with pytest.raises(ValueError, match="contrastive_batch_size=8 .* 3 processes: use 6 or 9"):
+        run_pretraining(config)
+
+
+def test_the_summary_says_what_follows_from_the_settings(
+    write_shards: Write, settings: Settings, run_pretraining: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(45)
+    contrastive = {"per_device_batch_size": None, "contrastive_batch_size": 20, "negatives": "global"}
+    run_pretraining(settings(max_steps=1, gradient_accumulation_steps=2, per_device_micro_batch_size=5, **contrastive))
+    printed = capsys.readouterr().out
+    assert "45 images in 1 shards; the last 5 of each epoch's order are left out" in printed
+    assert "20 images contrasted together (global negatives)" in printed
+    assert re.search(r"images per process +20, on 1 processes, in passes of 5 \(cached loss\)", printed)
+    assert re.search(r"images per optimiser step +40 = 2 × 20", printed)
+    run_pretraining(settings(max_steps=1, per_device_batch_size=15, resume="none"))
+    printed = capsys.readouterr().out
+    assert "left out" not in printed
+    assert "cached" not in printed
 
 
 def test_too_much_accumulation_is_refused(settings: Settings) -> None:

@@ -30,7 +30,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining
 from training.augment import Augmentation
-from training.config import FinetuneConfig
+from training.classifier_config import FinetuneConfig
 from training.data import Batch
 from training.optim import layer_decay_optimizer
 from training.results import save_model

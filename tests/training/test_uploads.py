@@ -9,7 +9,8 @@ import pytest
 from hub_server import TOKEN, HubServer, Repository
 
 from training import uploads
-from training.config import PretrainConfig, ProbeConfig
+from training.classifier_config import ProbeConfig
+from training.config import PretrainConfig
 from training.log import read_metrics
 from training.uploads import Uploads
 
