@@ -27,6 +27,7 @@ def hub_for_this_process(home: Path) -> Iterator[HubServer]:
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "no_token"))
+        patch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the address that it was made with
         patch.setattr(datasets.config, "HF_ENDPOINT", server.url)
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         patch.setenv("HF_TOKEN", TOKEN)
