@@ -46,7 +46,7 @@ def why_unreadable(name: str, error: Exception, kind: Literal["model", "dataset"
             on disk the Hub is asked once more.
         kind: what it is to be.
     """
-    found = None if Path(name).expanduser().exists() else _ask_hub(name, kind)
+    found = None if Path(name).expanduser().exists() else _why_not_given(name, kind, error)
     return found or f"cannot be read: {reason(error)}"
 
 
@@ -56,28 +56,38 @@ def reason(error: Exception) -> str:
     return text.replace(token, "TOKEN") if token else text
 
 
-def _ask_hub(name: str, kind: str) -> str | None:
+def _why_not_given(name: str, kind: str, error: Exception) -> str | None:
     """Why the Hub does not give a repository's files to this user; None if it does."""
-    hub = constants.ENDPOINT
-    absent = f"is no local path, and not a {kind} on the Hub"
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, GatedRepoError | RepositoryNotFoundError | OfflineModeIsEnabled):
+            return _remedy(name, kind, first)
+        first = first.__cause__
     try:
         validate_repo_id(name)
         HfApi().auth_check(name, repo_type=kind)
-    except HFValidationError:
+    except Exception as answer:  # the client's connection errors are of no built-in kind
+        return _remedy(name, kind, answer)
+    return None
+
+
+def _remedy(name: str, kind: str, error: Exception) -> str:
+    """What the Hub's refusal of a repository means."""
+    hub = constants.ENDPOINT
+    absent = f"is no local path, and not a {kind} on the Hub"
+    if isinstance(error, HFValidationError):
         repository, _, revision = name.partition("@")
         remedy = f"`hf download {repository} --type {kind} --revision {revision} --local-dir FOLDER`, then give FOLDER"
         return f"{absent}, where names are USER/NAME: {remedy if revision else 'check the path'}."
-    except OfflineModeIsEnabled:
+    if isinstance(error, OfflineModeIsEnabled):
         return "is no local path, and the Hub is not asked as HF_HUB_OFFLINE is set: unset it, or check the path."
-    except GatedRepoError:
+    if isinstance(error, GatedRepoError):
         page = f"{hub}/datasets/{name}" if kind == "dataset" else f"{hub}/{name}"
         return f"is gated: ask for access at {page}, then {LOG_IN}."
-    except RepositoryNotFoundError:
+    if isinstance(error, RepositoryNotFoundError):
         return f"{absent}, or not shown to you: check the name; if it is private, {LOG_IN}."
-    except HfHubHTTPError as error:
-        if error.response.status_code == 401:
-            return "cannot be read, as the Hub refuses the access token: run `hf auth login`, or correct HF_TOKEN."
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return "cannot be read, as the Hub refuses the access token: run `hf auth login`, or correct HF_TOKEN."
+    if isinstance(error, HfHubHTTPError):
         return f"cannot be read, as the Hub refuses it: {reason(error)}"
-    except Exception as error:  # the client's connection errors are of no built-in kind
-        return f"{absent}: {hub} cannot be reached ({reason(error)}). Check the path or the connection."
-    return None
+    return f"{absent}: {hub} cannot be reached ({reason(error)}). Check the path or the connection."

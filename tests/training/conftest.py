@@ -13,8 +13,8 @@ import matplotlib
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from hub_server import TOKEN, HubServer, serve_hub
-from huggingface_hub import constants
+from hub_client import hub_for_this_process
+from hub_server import HubServer
 from PIL import Image
 
 from training import pretrain
@@ -58,15 +58,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def hub(tmp_path: Path) -> Iterator[HubServer]:
     """A Hub that wants TOKEN, and a client that knows it."""
-    with serve_hub() as server:
-        server.token = TOKEN
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with hub_for_this_process(tmp_path / "home") as server:
         yield server
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hub_server import HubServer, Repository, serve_hub
+from hub_server import TOKEN, HubServer, Repository, serve_hub
 from huggingface_hub import HfApi, constants
 
 
-TOKEN = "hf_" + "a1B2" * 8
 WRONG_TOKEN = "hf_" + "z9Y8" * 8
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hub_client import TOKEN, WRONG_TOKEN, environment, files_with, hub_for_this_process, upload
-from hub_server import HubServer, Repository
+from hub_client import WRONG_TOKEN, environment, files_with, hub_for_this_process, upload
+from hub_server import TOKEN, HubServer, Repository
 from huggingface_hub import HfApi, constants
 from PIL import Image
 from transformers import AutoImageProcessor
@@ -21,7 +21,8 @@ from modeling_micl import MiclBackbone, MiclForImageClassification, MiclForPreTr
 from modeling_micl.convert_checkpoint import read_model
 from modeling_micl.export_vit import export
 from training import finetune, knn
-from training.config import FinetuneConfig, PretrainConfig
+from training.classifier_config import FinetuneConfig
+from training.config import PretrainConfig
 from training.evaluation import load_frozen
 from training.knn import KnnConfig
 from training.parser import parse_settings

@@ -12,8 +12,8 @@ import datasets
 import pytest
 import torch
 import yaml
-from hub_client import TOKEN, environment, files_with, hub_for_this_process, upload
-from hub_server import HubServer
+from hub_client import environment, files_with, hub_for_this_process, upload
+from hub_server import TOKEN, HubServer
 from huggingface_hub import HfFileSystem
 from source_rows import all_rows
 

@@ -298,7 +298,7 @@ def change_config(folder: Path, **entries: Any) -> None:
         (lambda folder: change_config(folder, num_hidden_layers=3), "lacks weights"),
         (lambda folder: change_config(folder, model_type="vit"), "'vit' model"),
         (lambda folder: (folder / "config.json").write_text("{"), "config"),
-        (lambda folder: (folder / "config.json").unlink(), "no folder with a model"),
+        (lambda folder: (folder / "config.json").unlink(), "no model: it has no config.json"),
         (lambda folder: (folder / "preprocessor_config.json").write_text("{"), "preprocessor_config.json cannot"),
         (lambda folder: (folder / "eval.json").write_text('{"results": ['), "eval.json is broken"),
         (lambda folder: (folder / "eval.json").write_text('{"results": [{"value": "x"}]}'), "eval.json is broken"),
