@@ -280,7 +280,8 @@ class PretrainConfig(TrainingSettings):
         if self.per_device_batch_size is not None:
             raise ValueError(
                 f"per_device_batch_size={self.per_device_batch_size} and contrastive_batch_size="
-                f"{self.contrastive_batch_size} both say how large the batch is: give only one of them."
+                f"{self.contrastive_batch_size} both say how large the batch is: give only one of them. A flag can "
+                "change the one of a recipe, not remove it."
             )
         check_contrasted(self.contrastive_batch_size, "contrastive_batch_size", self.contrastive_batch_size)
         if self.per_device_micro_batch_size is not None:

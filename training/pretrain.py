@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput, visible_patches_per_view
 from modeling_micl.configuration_micl import height_and_width
-from training.cached import cached_backward, find_micro_batch
+from training.cached import cached_backward
 from training.card import write_card
 from training.config import PretrainConfig
 from training.data import Batch
@@ -21,6 +21,7 @@ from training.figures import save_curves
 from training.images import Transform, random_resized_crop
 from training.log import CollapseAlarm, Logger, read_metrics
 from training.loop import Task, train
+from training.micro_batch import find_micro_batch
 from training.monitor import batch_metrics, gigaflop_per_image
 from training.optim import build_optimizer
 from training.parser import parse_settings

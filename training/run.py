@@ -272,7 +272,7 @@ def _restore(run: Run, checkpoint: Path) -> None:
     }
     # A setting that came after the checkpoint had its default's effect then.
     then = type(run.config)().to_dict() | state["config"]
-    then |= {key: state[key] for key in ("data", "forward_images", "contrasted_images")}
+    then |= {key: state.get(key) for key in ("data", "forward_images", "contrasted_images")}
     differing = [k for k in now if k not in run.config.CHANGEABLE and now[k] != then.get(k)]
     if differing:
         changes = ", ".join(f"{key}: {then.get(key)!r} → {now[key]!r}" for key in differing)

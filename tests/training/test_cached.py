@@ -1,12 +1,10 @@
-"""The cached loss: the gradient of the plain one in little memory; and the search for what fits into memory."""
+"""The cached loss: the gradient of the plain one in little memory."""
 
-import gc
 import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from run_folder import course
 from torch import Tensor
 
 from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput
-from training.cached import RandomState, cached_backward, find_micro_batch
+from training.cached import RandomState, cached_backward
 from training.config import PretrainConfig
 from training.log import read_metrics
 
@@ -154,7 +152,6 @@ def peak_of_graph(learn: Callable[[], Any]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         learn()
-    gc.collect()
     assert live == 0
     return peak
 
@@ -230,124 +227,3 @@ def test_how_a_batch_is_shared_out_may_change_on_resuming(
     assert [(entry["step"], entry["images_per_pass"]) for entry in facts] == [(0, 8), (3, 8), (4, 2)]
     with pytest.raises(ValueError, match="forward_images: 8 → 4, contrasted_images: 8 → 4"):
         run_pretraining(settings(max_steps=6, **(CONTRASTIVE | {"contrastive_batch_size": 4})))
-
-
-# What fits into memory
-
-
-class Memory:
-    """Stands in for a device with room for so many images, and fails as CUDA does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, images: int) -> None:
-        self.tried: list[int] = []
-        forward = MiclForPreTraining.forward
-
-        def limited(model: MiclForPreTraining, pixel_values: Tensor, *rest: Any, **options: Any) -> Any:
-            if torch.is_grad_enabled():
-                self.tried.append(len(pixel_values))
-                if len(pixel_values) > images:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-            return forward(model, pixel_values, *rest, **options)
-
-        monkeypatch.setattr(MiclForPreTraining, "forward", limited)
-
-
-@pytest.mark.parametrize(("room", "found"), [(100, 12), (11, 6), (5, 4), (1, 1)])
-def test_the_largest_divisor_that_fits_is_found(
-    room: int, found: int, tiny_model: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory = Memory(monkeypatch, room)
-    assert search(tiny_model(MiclForPreTraining)) == found
-    larger = [size for size in (12, 6, 4, 3, 2, 1) if size > found]
-    assert memory.tried == [*larger, found, found]
-
-
-def search(model: MiclForPreTraining) -> int:
-    accelerator, model = prepared(model)
-    optimizer = torch.optim.AdamW(model.parameters())
-
-    def embed(images: int) -> Tensor:
-        return model(torch.randn(images, 3, 32, 32), return_loss=False).view_embeds
-
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    random_state = torch.get_rng_state()
-    try:
-        return find_micro_batch(accelerator, model, optimizer, embed, IMAGES)
-    finally:
-        assert torch.equal(torch.get_rng_state(), random_state)
-        assert all(parameter.grad is None for parameter in model.parameters())
-        assert not optimizer.state
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_the_search_leaves_room_for_what_the_optimizer_will_keep(tiny_model: Build) -> None:
-    accelerator, model = prepared(tiny_model(MiclForPreTraining))
-    optimizer = torch.optim.AdamW(model.parameters())
-    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-
-    def bytes_of_tensors() -> int:
-        gc.collect()
-        return sum(thing.nbytes for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter))
-
-    def grown() -> int:
-        """How much more there is at the beginning of a pass than before the search."""
-        before, sizes = bytes_of_tensors(), []
-
-        def embed(images: int) -> Tensor:
-            sizes.append(bytes_of_tensors() - before)
-            return model(torch.randn(images, 3, 32, 32), return_loss=False).view_embeds
-
-        find_micro_batch(accelerator, model, optimizer, embed, 1)
-        return sizes[0]
-
-    assert 2 * trainable <= grown() < 3 * trainable
-    model(torch.randn(2, 3, 32, 32)).loss.backward()
-    optimizer.step()
-    model.zero_grad()
-    assert grown() < trainable
-
-
-def test_a_model_that_never_fits_is_an_error(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    Memory(monkeypatch, 0)
-    with pytest.raises(ValueError, match="not even one image fits.*gradient_checkpointing"):
-        search(tiny_model(MiclForPreTraining))
-
-
-def test_other_errors_are_not_taken_for_want_of_memory(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MiclForPreTraining, "forward", mock.Mock(side_effect=RuntimeError("broken")))
-    with pytest.raises(RuntimeError, match="broken"):
-        search(tiny_model(MiclForPreTraining))
-
-
-def test_the_processes_agree_on_what_fits_all(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    gather = Accelerator.gather
-    for others, expected in ((3, 3), (12, 4)):
-        monkeypatch.setattr(
-            Accelerator,
-            "gather",
-            lambda self, own, others=others: torch.cat([gather(self, own), torch.tensor([others])]),
-        )
-        with monkeypatch.context() as patch:
-            Memory(patch, 5)
-            assert search(tiny_model(MiclForPreTraining)) == expected
-
-
-def test_a_run_that_searches_takes_the_same_course(
-    write_shards: Write,
-    settings: Settings,
-    run_pretraining: Train,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write_shards(20)
-    given = run_pretraining(
-        settings(output_dir=str(tmp_path / "given"), max_steps=3, per_device_micro_batch_size=2, **CONTRASTIVE)
-    )
-    Memory(monkeypatch, 3)
-    found = run_pretraining(
-        settings(output_dir=str(tmp_path / "found"), max_steps=3, find_micro_batch=True, **CONTRASTIVE)
-    )
-    assert "per_device_micro_batch_size=2 is the largest that fits" in capsys.readouterr().out
-    assert course(found) == course(given)
-    assert read_metrics(found / "metrics.jsonl")[0]["images_per_pass"] == 2
