@@ -31,7 +31,7 @@ from training.evaluation import (
     read_config,
     start_evaluation,
 )
-from training.features import Frozen, Views, encoder_features, extract_features
+from training.features import Frozen, Views, encoder_features, extract_features, stored_normalization
 from training.figures import only_patches, save_occlusion
 from training.images import central_crop
 from training.judge import knn_accuracy
@@ -109,7 +109,11 @@ def features_by_share(
     """
     num_patches, size = model.config.num_patches, height_and_width(model.config.image_size)
     hiding = {str(share): visible_patches(share, num_patches, config.seed) for share in config.shares() if share}
-    extractors = {name: encoder_features(model, accelerator, config.features, views) for name, views in hiding.items()}
+    normalization = stored_normalization(str(config.model))
+    extractors = {
+        name: encoder_features(model, accelerator, config.features, views, normalization)
+        for name, views in hiding.items()
+    }
     how = (size, config.max_images, config.num_workers)
     found = extract_features(accelerator, splits.sources[1], extractors, *how).to(accelerator.device).features
     return {share: found[str(share)] if share else splits.test.features["features"] for share in config.shares()}

@@ -13,13 +13,22 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import renormalize
 from PIL import Image
 from torch import Tensor
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining, MiclModel, MiclPreTrainedModel
 from training.data import EvaluationImages, batches
 from training.evaluation import accuracies, load_classifier, load_frozen, open_labelled, predict
-from training.features import Frozen, encoder_features, extract_features, normalize_pixels
+from training.features import (
+    IMAGENET,
+    Frozen,
+    Normalization,
+    encoder_features,
+    extract_features,
+    normalize_pixels,
+    stored_normalization,
+)
 from training.images import central_crop, to_pixels
 from training.judge import knn_accuracy
 from training.occlusion import TIMED_PASSES, OcclusionConfig, main, num_visible, patch_order, timings, visible_patches
@@ -76,7 +85,15 @@ def values(entries: list[dict[str, Any]], protocol: str) -> dict[float, float]:
 
 
 @torch.no_grad()
-def outputs(model: Frozen, data: Path, split: str, share: float = 0.0, seed: int = 0, pooling: str = "cls") -> Tensor:
+def outputs(
+    model: Frozen,
+    data: Path,
+    split: str,
+    share: float = 0.0,
+    seed: int = 0,
+    pooling: str = "cls",
+    normalization: Normalization = IMAGENET,
+) -> Tensor:
     """Features or logits of a split's pictures, from the model called with the visible patches."""
     pixels, visible = [], []
     for number, row in enumerate(open_source(str(data), split, streaming=False).rows):
@@ -84,7 +101,8 @@ def outputs(model: Frozen, data: Path, split: str, share: float = 0.0, seed: int
         pixels.append(torch.tensor(to_pixels(image)))
         order = np.random.default_rng((seed, number)).permutation(PATCHES)
         visible.append([order[: round(PATCHES * (1 - share))].tolist()])
-    output = model(normalize_pixels(torch.stack(pixels)), ids_visible=torch.tensor(visible) if share else None)
+    pixel_values = normalize_pixels(torch.stack(pixels), normalization)
+    output = model(pixel_values, ids_visible=torch.tensor(visible) if share else None)
     if isinstance(model, MiclForImageClassification):
         logits: Tensor = output.logits
         return logits
@@ -172,6 +190,19 @@ def test_an_encoder_is_judged_by_the_vote_of_whole_images(
         expected = knn_accuracy(votes, labels_of(TRAIN), queries, labels_of(TEST))
         assert values(entries, "kNN")[share] == pytest.approx(expected)
     assert len(entries) == len(SHARES)
+
+
+def test_parts_of_images_are_normalised_as_the_models_processor_says(
+    save: Callable[..., Path], run: Run, data: Path
+) -> None:
+    model = save(MiclForPreTraining)
+    renormalize(model)
+    entries, frozen, own = run(model), load_frozen(str(model)), stored_normalization(str(model))
+    votes = outputs(frozen, data, "train", normalization=own)
+    for share in SHARES:
+        queries = outputs(frozen, data, "test", share, normalization=own)
+        expected = knn_accuracy(votes, labels_of(TRAIN), queries, labels_of(TEST))
+        assert values(entries, "kNN")[share] == pytest.approx(expected)
 
 
 def test_with_nothing_hidden_it_is_the_plain_evaluation(save: Callable[..., Path], run: Run, data: Path) -> None:
