@@ -12,9 +12,11 @@ from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetNotFoundError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from numpy.typing import NDArray
 
 from training.config import DataSettings
 from training.photos import photo_crops
@@ -70,6 +72,19 @@ class ImageSource:
         # Read in batches because a plain loop in a DataLoader's worker would give it only a part of the rows.
         for batch in rows.iter(batch_size=16):
             yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+    def rows_at(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, Row]]:
+        """The rows with these numbers in the data, which must rise, each with its number; reads a shard only once."""
+        if isinstance(self.rows, datasets.Dataset):
+            yield from ((number, self.rows[number]) for number in numbers.tolist())
+            return
+        begins = np.cumsum([0, *self.lengths])
+        shards = np.searchsorted(begins, numbers, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            wanted, begin = numbers[shards == shard].tolist(), int(begins[shard])
+            rows = enumerate(self.read(shard, wanted[0] - begin, wanted[-1] + 1 - begin), wanted[0])
+            chosen = set(wanted)
+            yield from ((number, row) for number, row in rows if number in chosen)
 
     def image_of(self, row: Row) -> dict[str, Any] | None:
         """The undecoded image in a row."""
