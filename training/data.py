@@ -169,7 +169,7 @@ class TrainingBatches(IterableDataset[Batch]):
         self.order, self.transform, self.first, self.last, self.step = order, transform, first, last, step
 
     def __iter__(self) -> Iterator[Batch]:
-        worker, workers = _worker()
+        worker, workers = worker_number()
         size = self.last - self.first
         first, last = (self.first + part * size // workers for part in (worker, worker + 1))
         for step, draws in enumerate(self.order.draws(self.step, first, last), self.step):
@@ -219,7 +219,7 @@ class EvaluationImages(IterableDataset[Batch]):
         self.num_images = min(max_images or source.num_images, source.num_images)
 
     def __iter__(self) -> Iterator[Batch]:
-        (process, processes), (worker, workers) = self.process, _worker()
+        (process, processes), (worker, workers) = self.process, worker_number()
         numbers = evaluation_numbers(self.source, self.num_images)
         mine = self.source.rows_at(numbers[process * workers + worker :: processes * workers])
         while rows := list(islice(mine, self.batch_size)):
@@ -282,7 +282,7 @@ def _end_later(number: int, frame: Any) -> None:
     signal.alarm(SECONDS_AFTER_SIGTERM)
 
 
-def _worker() -> tuple[int, int]:
+def worker_number() -> tuple[int, int]:
     """This worker's number and how many there are."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
