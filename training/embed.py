@@ -83,11 +83,14 @@ def parts_of(source: ImageSource, config: EmbedConfig) -> list[NDArray[np.int64]
     return np.split(numbers, range(config.images_per_part, len(numbers), config.images_per_part))
 
 
-def embedded_parts(encoder: Encoder, images: PartImages, num_workers: int) -> Iterator[tuple[int, Part]]:
+def embedded_parts(
+    encoder: Encoder, images: PartImages, num_workers: int, bar: "tqdm[Any]"
+) -> Iterator[tuple[int, Part]]:
     """Every part with its number as soon as it is complete."""
     parts: dict[int, Part] = defaultdict(Part)
     for some in run_in_workers(images, num_workers):
         parts[some.part].add(some, encoder.encode(some.batch))
+        bar.update(some.rows * encoder.accelerator.num_processes)
         if parts[some.part].rows == len(images.parts[some.part]):
             yield some.part, parts.pop(some.part)
 
@@ -114,9 +117,8 @@ def main(config: EmbedConfig) -> None:
     total = sum(len(parts[part]) for part in missing)
     quiet = not accelerator.is_main_process
     with tqdm(total=total, desc="embedding", unit="image", leave=False, disable=quiet) as bar:
-        for number, part in embedded_parts(encoder, images, config.num_workers):
+        for number, part in embedded_parts(encoder, images, config.num_workers, bar):
             write_part(folder / part_name(number, len(parts)), part, schema, about)
-            bar.update(part.rows * accelerator.num_processes)
     accelerator.wait_for_everyone()
     accelerator.print(report(folder, sum(map(len, parts)), dimension))
     accelerator.end_training()

@@ -7,6 +7,7 @@ tenth of its patches, as if only a fragment of the picture were left.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from training.visible import num_visible, visible_patches
 class SearchConfig(CollectionSettings):
     """The nearest images of one or more pictures."""
 
-    query: list[str] = setting([], "pictures, or folders of pictures")
+    query: list[str] = setting([], "pictures, folders of pictures, or numbers of images in the data")
     k: int = setting(5, "nearest images to show")
     visible: float = setting(1.0, "share of a query's patches that the model sees, in (0, 1]; random ones")
     picture: str = setting("search.png", "PNG to draw")
@@ -54,36 +55,43 @@ class SearchConfig(CollectionSettings):
             raise ValueError(f"visible must lie in (0, 1], got {self.visible}.")
 
 
-def pictures(query: list[str]) -> list[Path]:
-    """The files that are asked for, those of folders in order of their names.
+def asked_for(query: list[str], source: ImageSource) -> dict[str, dict[str, Any] | None]:
+    """The undecoded pictures that are asked for, by their names; those of folders in order.
 
     Raises:
-        ValueError: if one does not exist, or a folder has none.
+        ValueError: if there is no such file or number, or a folder has no pictures.
     """
-    files = []
-    for path in map(Path, query):
+    found: dict[str, dict[str, Any] | None] = {}
+    for name in query:
+        path = Path(name)
+        if not path.exists() and name.isdecimal():
+            if not int(name) < source.num_images:
+                raise ValueError(f"--query {name} is no file, and the data have only {source.num_images} images.")
+            ((_, row),) = source.rows_at(np.array([int(name)]))
+            found[f"image {name}"] = source.image_of(row)
+            continue
         inside = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-        found = [file for file in inside if path.is_file() or file.suffix.lower() in registered_extensions()]
-        if not found:
-            raise ValueError(f"--query {path} is no picture, and no folder with any.")
-        files += found
-    return files
+        files = [file for file in inside if path.is_file() or file.suffix.lower() in registered_extensions()]
+        if not files:
+            raise ValueError(f"--query {name} is no picture, and no folder with any.")
+        found |= {str(file): {"path": str(file)} for file in files}
+    return found
 
 
-def read_pictures(files: list[Path], size: tuple[int, int]) -> Batch:
-    """Files as one batch, numbered.
+def read_pictures(stored: dict[str, dict[str, Any] | None], size: tuple[int, int]) -> Batch:
+    """Pictures as one batch, numbered.
 
     Raises:
         ValueError: if one cannot be decoded.
     """
     images = []
-    for file in files:
+    for name, image in stored.items():
         try:
-            image = decode_rgb({"path": str(file)})
+            crop = central_crop(size)(decode_rgb(image), np.random.default_rng(0))
         except Exception as error:  # Pillow's plugins raise nearly anything
-            raise ValueError(f"--query {file} cannot be decoded: {error}") from error
-        images.append(torch.from_numpy(to_pixels(central_crop(size)(image, np.random.default_rng(0)))))
-    return Batch(torch.stack(images), torch.full((len(files),), -1), torch.arange(len(files)), [])
+            raise ValueError(f"--query {name} cannot be decoded: {error}") from error
+        images.append(torch.from_numpy(to_pixels(crop)))
+    return Batch(torch.stack(images), torch.full((len(images),), -1), torch.arange(len(images)), [])
 
 
 def seen_patches(encoder: Encoder, queries: Batch, views: Views) -> list[Tensor]:
@@ -113,18 +121,21 @@ def neighbours(
 
 def main(config: SearchConfig) -> None:
     """Search, draw and print."""
-    files, collection = pictures(config.query), read_collection(Path(str(config.collection)))
+    collection = read_collection(Path(str(config.collection)))
     source = open_images_of(collection.about, config.dataset)
+    stored = asked_for(config.query, source)
     encoder = encoder_of(collection.about, config.model)
-    queries, num_patches = read_pictures(files, encoder.size), encoder.model.config.num_patches
+    queries, num_patches = read_pictures(stored, encoder.size), encoder.model.config.num_patches
     views = visible_patches(1 - config.visible, num_patches, config.seed)
     vectors = encoder.encode(queries, views if config.visible < 1 else None)
     cosines, places = nearest(collection.vectors, vectors, config.k)
     found = neighbours(collection, source, encoder.size, cosines, places)
-    save_neighbours(Path(config.picture), seen_patches(encoder, queries, views), [file.name for file in files], found)
-    seen = f", of which {num_visible(num_patches, 1 - config.visible)} of {num_patches} patches are seen"
-    for file, some in zip(files, found, strict=True):
-        title = f"nearest to {file}{seen if config.visible < 1 else ''} by cosine"
+    save_neighbours(
+        Path(config.picture), seen_patches(encoder, queries, views), [Path(name).name for name in stored], found
+    )
+    seen = f" (seen: {num_visible(num_patches, 1 - config.visible)} of {num_patches} patches)"
+    for name, some in zip(stored, found, strict=True):
+        title = f"nearest by cosine to {name}{seen if config.visible < 1 else ''}"
         rows = {f"{rank}.": f"{each.cosine:6.3f}  {each.name}" for rank, each in enumerate(some, 1)}
         encoder.accelerator.print(table(title, rows))
     encoder.accelerator.print(f"picture: {config.picture}")

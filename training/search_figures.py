@@ -34,7 +34,7 @@ def save_neighbours(path: Path, queries: list[Tensor], names: list[str], found: 
         found: their neighbours, equally many.
     """
     columns = 1 + len(found[0])
-    size = (1.7 * columns, 2.15 * len(queries))
+    size = (1.7 * columns, 2.05 * len(queries))
     figure, axes = plt.subplots(len(queries), columns, figsize=size, squeeze=False)
     for row, query, name, neighbours in zip(axes, queries, names, found, strict=True):
         row[0].imshow(query.numpy())
@@ -45,7 +45,7 @@ def save_neighbours(path: Path, queries: list[Tensor], names: list[str], found: 
         axes_off(row)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
