@@ -89,7 +89,9 @@ def test_images_are_searched_for_as_the_readme_says(workplace: Path) -> None:
     for name in ("search.png", "fragments.png"):
         assert (workplace / name).stat().st_size > 10_000
     results = json.loads((workplace / "runs/photos/model/eval.json").read_text())["results"]
-    found = {e["visible_share"]: e["value"] for e in results if e.get("task") == "image-retrieval" and "5" in e["metric"]}
+    found = {
+        e["visible_share"]: e["value"] for e in results if e.get("task") == "image-retrieval" and "5" in e["metric"]
+    }
     assert 0.05 < found[0.05] < found[0.25] < found[1.0]
 
 
