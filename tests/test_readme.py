@@ -89,6 +89,21 @@ def test_the_model_is_fine_tuned_and_judged_as_the_readme_says(workplace: Path) 
     assert any(entry["protocol"].startswith("classifier on another dataset") for entry in classifier)
 
 
+@pytest.mark.slow
+def test_images_are_searched_for_as_the_readme_says(workplace: Path) -> None:
+    """Goes on where the main command ended."""
+    printed = run(block("search"), workplace)
+    assert "2048 vectors of 128 numbers in runs/photos/vectors" in printed
+    assert re.search(r"nearest by cosine to picture.jpg\n  1\. +0\.\d+  rocket, image \d+", printed)
+    for name in ("search.png", "fragments.png"):
+        assert (workplace / name).stat().st_size > 10_000
+    results = json.loads((workplace / "runs/photos/model/eval.json").read_text())["results"]
+    found = {
+        e["visible_share"]: e["value"] for e in results if e.get("task") == "image-retrieval" and "5" in e["metric"]
+    }
+    assert 0.05 < found[0.05] < found[0.25] < found[1.0]
+
+
 def test_a_segmentation_model_starts_from_the_pretrained_backbone_as_the_readme_says(
     tiny_model: Callable[..., MiclPreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec.asyn
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -32,6 +33,7 @@ SECONDS_AFTER_SIGTERM = 20
 # A draw gives an image's number and its row for one place of a batch. Attempt 0 is the planned image, the following
 # attempts are stand-ins for when it is broken.
 Draw = Callable[[int], tuple[int, Row]]
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -167,7 +169,7 @@ class TrainingBatches(IterableDataset[Batch]):
         self.order, self.transform, self.first, self.last, self.step = order, transform, first, last, step
 
     def __iter__(self) -> Iterator[Batch]:
-        worker, workers = _worker()
+        worker, workers = worker_number()
         size = self.last - self.first
         first, last = (self.first + part * size // workers for part in (worker, worker + 1))
         for step, draws in enumerate(self.order.draws(self.step, first, last), self.step):
@@ -217,35 +219,46 @@ class EvaluationImages(IterableDataset[Batch]):
         self.num_images = min(max_images or source.num_images, source.num_images)
 
     def __iter__(self) -> Iterator[Batch]:
-        (process, processes), (worker, workers) = self.process, _worker()
-        mine = islice(self._rows(), process * workers + worker, None, processes * workers)
+        (process, processes), (worker, workers) = self.process, worker_number()
+        numbers = evaluation_numbers(self.source, self.num_images)
+        mine = self.source.rows_at(numbers[process * workers + worker :: processes * workers])
         while rows := list(islice(mine, self.batch_size)):
-            images, broken = [], []
-            for index, row in rows:
-                try:
-                    image = self.transform(decode_rgb(self.source.image_of(row)), np.random.default_rng(0))
-                    images.append((to_pixels(image), self.source.label_of(row), index))
-                except Exception as error:  # Pillow's plugins raise nearly anything
-                    broken.append(_describe(self.source, index, row, error))
-            if images:
-                yield _stack(images, broken)
+            batch = decode(self.source, self.transform, rows)
+            if len(batch.labels):
+                yield batch
 
-    def _rows(self) -> Iterator[tuple[int, Row]]:
-        """Evenly spaced rows where access is random, else the first of each shard in proportion to its length."""
-        source, total = self.source, self.source.num_images
-        if source.random_access:
-            yield from (
-                (i * total // self.num_images, source.rows[i * total // self.num_images])
-                for i in range(self.num_images)
-            )
-            return
-        begins = np.cumsum([0, *source.lengths])
-        for shard, share in enumerate(first_rows(source.lengths, self.num_images)):
-            yield from enumerate(source.read(shard, 0, share), int(begins[shard]))
+
+def evaluation_numbers(source: ImageSource, num_images: int) -> NDArray[np.int64]:
+    """Numbers of evenly spaced images where access is random, else the first of each shard in proportion."""
+    if source.random_access:
+        return np.arange(num_images) * source.num_images // num_images
+    begins = np.cumsum([0, *source.lengths])
+    shares = first_rows(source.lengths, num_images)
+    return np.concatenate([begin + np.arange(share) for begin, share in zip(begins, shares, strict=False)])
+
+
+def decode(source: ImageSource, transform: Transform, rows: list[tuple[int, Row]]) -> Batch:
+    """Numbered rows to one batch; broken images are named and left out, so that it may have no images."""
+    images, broken = [], []
+    for index, row in rows:
+        try:
+            image = transform(decode_rgb(source.image_of(row)), np.random.default_rng(0))
+            images.append((to_pixels(image), source.label_of(row), index))
+        except Exception as error:  # Pillow's plugins raise nearly anything
+            broken.append(_describe(source, index, row, error))
+    return _stack(images, broken)
 
 
 def batches(dataset: IterableDataset[Batch], num_workers: int) -> Iterator[Batch]:
     """Run a dataset in worker processes; the workers' parts of a step are put together in order."""
+    parts = max(num_workers, 1) if isinstance(dataset, TrainingBatches) else 1
+    loaded = run_in_workers(dataset, num_workers)
+    while chunk := list(islice(loaded, parts)):
+        yield concatenate(chunk)
+
+
+def run_in_workers(dataset: IterableDataset[Item], num_workers: int) -> Iterator[Item]:
+    """What a dataset yields in worker processes, taking turns; 0 runs it in this one."""
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -254,10 +267,7 @@ def batches(dataset: IterableDataset[Batch], num_workers: int) -> Iterator[Batch
         worker_init_fn=_start_worker,
         prefetch_factor=4 if num_workers else None,
     )
-    parts = max(num_workers, 1) if isinstance(dataset, TrainingBatches) else 1
-    loaded = iter(loader)
-    while chunk := list(islice(loaded, parts)):
-        yield concatenate(chunk)
+    yield from loader
 
 
 def _start_worker(_: int) -> None:
@@ -272,13 +282,17 @@ def _end_later(number: int, frame: Any) -> None:
     signal.alarm(SECONDS_AFTER_SIGTERM)
 
 
-def _worker() -> tuple[int, int]:
+def worker_number() -> tuple[int, int]:
     """This worker's number and how many there are."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
 
 
 def _stack(images: list[tuple[Pixels, int, int]], broken: list[str]) -> Batch:
+    if not images:
+        return Batch(
+            torch.empty(0, 0, 0, 3, dtype=torch.uint8), torch.tensor([]).long(), torch.tensor([]).long(), broken
+        )
     pixels, labels, index = zip(*images, strict=True)
     return Batch(torch.from_numpy(np.stack(pixels)), torch.tensor(labels), torch.tensor(index), broken)
 

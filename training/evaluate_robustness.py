@@ -26,6 +26,7 @@ from modeling_micl import MiclForImageClassification
 from training.class_mapping import ClassMapping, map_classes
 from training.config import setting
 from training.evaluation import EvaluationSettings, accuracies, load_classifier, predict, start_evaluation
+from training.features import stored_normalization
 from training.labels import check_labels, class_names, stored_labels
 from training.parser import parse_settings
 from training.results import METRICS, add_results, result, table
@@ -134,7 +135,8 @@ def open_tests(config: RobustnessConfig, own: list[str]) -> list[Opened]:
 def evaluate(accelerator: Accelerator, model: MiclForImageClassification, test: Opened) -> list[Entry]:
     """Entries of eval.json, one for each metric; the same on every process."""
     config, source, targets = test.settings, test.source, torch.tensor(test.mapping.targets)
-    scores, labels = predict(accelerator, model, source, config.max_images, config.num_workers)
+    normalization = stored_normalization(str(config.model))
+    scores, labels = predict(accelerator, model, source, config.max_images, config.num_workers, normalization)
     check_labels(labels, len(targets), source.split)  # until now only the first labels of a stream were seen
     num_model_classes = scores.shape[1]
     if config.all_classes:

@@ -1,7 +1,7 @@
 """What the evaluation programs share: their settings, loading what is judged, and predictions over processes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,14 @@ from modeling_micl.hub_access import read_config_dict, reason
 from training.accuracy import TopKAccuracy
 from training.config import DataSettings, setting
 from training.features import (
+    IMAGENET,
     Frozen,
     LabelledFeatures,
+    Normalization,
     cached_features,
     encoder_features,
     extract_features,
+    stored_normalization,
     weights_digest,
 )
 from training.labels import class_names, few_shot
@@ -132,7 +135,8 @@ def frozen_splits(accelerator: Accelerator, settings: FrozenSettings) -> FrozenS
         sources = open_labelled(settings)
         names = class_names(*sources)
     model = load_frozen(str(settings.model), settings.random_init, settings.seed).to(accelerator.device)
-    extractor = encoder_features(model, accelerator, settings.features)
+    normalization = stored_normalization(str(settings.model))
+    extractor = encoder_features(model, accelerator, settings.features, normalization=normalization)
     size = height_and_width(model.config.image_size)
     cache = Path(settings.features_cache or Path(datasets.config.HF_DATASETS_CACHE) / "micl_features")
 
@@ -141,7 +145,7 @@ def frozen_splits(accelerator: Accelerator, settings: FrozenSettings) -> FrozenS
     def features_of(source: ImageSource) -> LabelledFeatures:
         columns = [source.image_column, source.label_column]
         how = [settings.features, settings.max_images, source.random_access, settings.mixed_precision]
-        key = [digest, source.version, source.split, *columns, *how]
+        key = [digest, asdict(normalization), source.version, source.split, *columns, *how]
         extract = partial(extract_features, accelerator, source, {"features": extractor}, size)
         compute = partial(extract, settings.max_images, settings.num_workers)
         found = cached_features(accelerator, cache, key, compute).to(accelerator.device)
@@ -288,10 +292,11 @@ def predict(
     source: ImageSource,
     max_images: int | None,
     num_workers: int,
+    normalization: Normalization = IMAGENET,
 ) -> tuple[Tensor, Tensor]:
     """Scores (n, C) and labels (n,) of a split's labelled images, each once, the same on every process."""
     size = height_and_width(model.config.image_size)
-    extractors = {"scores": encoder_features(model.eval(), accelerator)}
+    extractors = {"scores": encoder_features(model.eval(), accelerator, normalization=normalization)}
     predicted = extract_features(accelerator, source, extractors, size, max_images, num_workers)
     return predicted.features["scores"], predicted.labels
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import cached_file
 
 from modeling_micl import MiclForImageClassification, MiclModel
 from training.data import Batch, EvaluationImages, batches
@@ -33,15 +35,46 @@ Pooling = Literal["cls", "mean"]
 Views = Callable[[Batch], Tensor]
 
 
-def normalize_pixels(pixels: Tensor) -> Tensor:
-    """(n, H, W, 3) uint8 → (n, 3, H, W) float32 with ImageNet's mean and standard deviation, on the pixels' device."""
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=pixels.device)
-    std = torch.tensor(IMAGENET_DEFAULT_STD, device=pixels.device)
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation of red, green and blue in [0, 1] that a model's images are normalised with."""
+
+    mean: list[float]
+    std: list[float]
+
+
+IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def stored_normalization(model: str) -> Normalization:
+    """What the image processor of a portable folder or Hub id says; ImageNet's where there is no processor.
+
+    Raises:
+        ValueError: if the processor cannot be read.
+    """
+    try:
+        if cached_file(model, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None:
+            return IMAGENET
+        processor = AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The image processor of {model!r} cannot be read: {error}") from error
+    white = 255 * processor.rescale_factor if processor.do_rescale else 255  # what the processor makes of 255
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    return Normalization(*((np.broadcast_to(value, 3) / white).tolist() for value in (mean, std)))
+
+
+def normalize_pixels(pixels: Tensor, normalization: Normalization = IMAGENET) -> Tensor:
+    """(n, H, W, 3) uint8 → (n, 3, H, W) float32, on the pixels' device."""
+    mean, std = (torch.tensor(value, device=pixels.device) for value in (normalization.mean, normalization.std))
     return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def encoder_features(
-    model: Frozen, accelerator: Accelerator, pooling: Pooling = "cls", views: Views | None = None
+    model: Frozen,
+    accelerator: Accelerator,
+    pooling: Pooling = "cls",
+    views: Views | None = None,
+    normalization: Normalization = IMAGENET,
 ) -> Extractor:
     """What a frozen model tells about images: features, or a classifier's logits.
 
@@ -50,10 +83,12 @@ def encoder_features(
         accelerator: for its precision.
         pooling: [CLS] after the final norm, or the mean of the patches after it; classifiers pool as they were built.
         views: draws the visible patches (n, 1, K) of a batch; unset, whole images are seen.
+        normalization: the model's own; see `stored_normalization`.
     """
 
     def extract(batch: Batch) -> Tensor:
-        pixels, ids_visible = normalize_pixels(batch.pixels), views(batch) if views else None
+        pixels = normalize_pixels(batch.pixels, normalization)
+        ids_visible = views(batch) if views else None
         with accelerator.autocast():
             output = model(pixels, ids_visible=ids_visible)
         if isinstance(output, ImageClassifierOutput):

@@ -18,6 +18,7 @@ from modeling_micl import MiclForImageClassification
 from training.augment import Augmentation
 from training.classifier_config import ProbeConfig
 from training.evaluation import FrozenSettings, FrozenSplits, accuracies, frozen_splits, is_classifier, read_config
+from training.features import stored_normalization
 from training.judge import LinearProbe, fit_probe
 from training.log import Logger
 from training.loop import train
@@ -74,7 +75,9 @@ def run_fast(config: ProbeConfig, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         given, folder = Path(str(config.model)), Path(config.output_dir) / "model"
         if config.features == "cls" and not is_classifier(read_config(str(config.model))):
-            save_model(as_classifier(config, splits, probes[0]), folder)
+            save_model(
+                as_classifier(config, splits, probes[0]), folder, normalization=stored_normalization(str(config.model))
+            )
             add_results(folder, [entry for entry in entries if entry["label_share"] == 1])
         add_results(given if given.is_dir() else folder, entries)
     rows = {f"{100 * e['label_share']:g} % of the labels, {e['metric']}": f"{e['value']:6.1%}" for e in entries}

@@ -10,14 +10,13 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from modeling_micl.configuration_micl import height_and_width
 from training.config import setting
-from training.data import Batch, EvaluationImages, batches
+from training.data import EvaluationImages, batches
 from training.evaluation import (
     FrozenSettings,
     FrozenSplits,
@@ -31,7 +30,7 @@ from training.evaluation import (
     read_config,
     start_evaluation,
 )
-from training.features import Frozen, Views, encoder_features, extract_features
+from training.features import Frozen, encoder_features, extract_features, stored_normalization
 from training.figures import only_patches, save_occlusion
 from training.images import central_crop
 from training.judge import knn_accuracy
@@ -39,6 +38,7 @@ from training.labels import class_names
 from training.parser import parse_settings
 from training.results import add_results, result, table
 from training.source import ImageSource
+from training.visible import num_visible, patch_order, visible_patches
 
 
 PROGRAM = "training.occlusion"
@@ -75,31 +75,6 @@ class OcclusionConfig(FrozenSettings):
         return sorted(set(self.hidden_shares))
 
 
-def num_visible(num_patches: int, hidden_share: float) -> int:
-    """Patches that are left, at least one."""
-    return max(1, round(num_patches * (1 - hidden_share)))
-
-
-def patch_order(index: Tensor, num_patches: int, seed: int) -> Tensor:
-    """Random orders (n, L) of the patches of the images with the numbers `index` (n,).
-
-    An image's order depends on its number and the seed alone. The first K patches are those that are visible, so that
-    what is seen of an image when more is hidden is a part of what is seen when less is.
-    """
-    orders = [np.random.default_rng((seed, number)).permutation(num_patches) for number in index.tolist()]
-    return torch.from_numpy(np.stack(orders))
-
-
-def visible_patches(hidden_share: float, num_patches: int, seed: int) -> Views:
-    """Draws the patches (n, 1, K) of a batch that are visible."""
-
-    def views(batch: Batch) -> Tensor:
-        order = patch_order(batch.index, num_patches, seed)
-        return order[:, None, : num_visible(num_patches, hidden_share)].to(batch.pixels.device)
-
-    return views
-
-
 def features_by_share(
     accelerator: Accelerator, config: OcclusionConfig, model: Frozen, splits: FrozenSplits
 ) -> dict[float, Tensor]:
@@ -109,7 +84,11 @@ def features_by_share(
     """
     num_patches, size = model.config.num_patches, height_and_width(model.config.image_size)
     hiding = {str(share): visible_patches(share, num_patches, config.seed) for share in config.shares() if share}
-    extractors = {name: encoder_features(model, accelerator, config.features, views) for name, views in hiding.items()}
+    normalization = stored_normalization(str(config.model))
+    extractors = {
+        name: encoder_features(model, accelerator, config.features, views, normalization)
+        for name, views in hiding.items()
+    }
     how = (size, config.max_images, config.num_workers)
     found = extract_features(accelerator, splits.sources[1], extractors, *how).to(accelerator.device).features
     return {share: found[str(share)] if share else splits.test.features["features"] for share in config.shares()}

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel, ViTImageProcessor
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_utils import PILImageResampling
 
 from modeling_micl import MiclConfig, MiclForPreTraining
 from modeling_micl.configuration_micl import height_and_width
@@ -23,7 +23,9 @@ from training.data import Batch, EvaluationImages, batches
 from training.features import (
     BASELINES,
     CENTRED_PIXELS,
+    IMAGENET,
     Extractor,
+    Normalization,
     encoder_features,
     extract_features,
     normalize_pixels,
@@ -48,8 +50,8 @@ FIGURE_ROWS = 6
 SIMILARITY_IMAGES = 64
 
 
-def image_processor(config: MiclConfig) -> ViTImageProcessor:
-    """The evaluation transform as an image processor: bicubic, ImageNet's mean and standard deviation.
+def image_processor(config: MiclConfig, normalization: Normalization = IMAGENET) -> ViTImageProcessor:
+    """The evaluation transform as an image processor, bicubic.
 
     For a square model images are resized by their shorter side and cropped, above 64 pixels at 7/8 of it (256 → 224);
     for others the whole image is resized.
@@ -62,25 +64,31 @@ def image_processor(config: MiclConfig) -> ViTImageProcessor:
         do_center_crop=crop,
         crop_size={"height": height, "width": width},
         resample=PILImageResampling.BICUBIC,
-        image_mean=IMAGENET_DEFAULT_MEAN,
-        image_std=IMAGENET_DEFAULT_STD,
+        image_mean=normalization.mean,
+        image_std=normalization.std,
         do_convert_rgb=True,
     )
 
 
-def save_model(model: PreTrainedModel, folder: Path, training: dict[str, Any] | None = None) -> None:
+def save_model(
+    model: PreTrainedModel,
+    folder: Path,
+    training: dict[str, Any] | None = None,
+    normalization: Normalization = IMAGENET,
+) -> None:
     """Write the portable folder in one move: config, weights, code, image processor, an eval.json without results.
 
     Args:
         model: what to write.
         folder: where to; what is there is replaced.
         training: how the model came about, see `training_facts`.
+        normalization: of the pixels that it was trained on.
     """
     unfinished = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     add_remote_code(unfinished)
-    image_processor(model.config).save_pretrained(unfinished)
+    image_processor(model.config, normalization).save_pretrained(unfinished)
     _write_evaluation(unfinished, {"training": training, "results": []})
     replace_folder(unfinished, folder)
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow.parquet as pq
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from httpx2 import HTTPError
 from huggingface_hub.errors import HFValidationError
+from numpy.typing import NDArray
 
 from modeling_micl.hub_access import reason, why_unreadable
 from training.config import DataSettings
@@ -82,6 +84,19 @@ class ImageSource:
                 f"Shard {shard} of the split {self.split!r} cannot be read any more ({reason(error)}). Run the same "
                 "command again when it can be: training goes on from its newest checkpoint."
             ) from None  # the cause might quote the token
+
+    def rows_at(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, Row]]:
+        """The rows with these numbers in the data, which must rise, each with its number; reads a shard only once."""
+        if isinstance(self.rows, datasets.Dataset):
+            yield from ((number, self.rows[number]) for number in numbers.tolist())
+            return
+        begins = np.cumsum([0, *self.lengths])
+        shards = np.searchsorted(begins, numbers, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            wanted, begin = numbers[shards == shard].tolist(), int(begins[shard])
+            rows = enumerate(self.read(shard, wanted[0] - begin, wanted[-1] + 1 - begin), wanted[0])
+            chosen = set(wanted)
+            yield from ((number, row) for number, row in rows if number in chosen)
 
     def image_of(self, row: Row) -> dict[str, Any] | None:
         """The undecoded image in a row."""

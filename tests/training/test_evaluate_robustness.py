@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import forget_accelerators
+from conftest import forget_accelerators, renormalize
 from ranked_images import image, logits_of, ranked, write_folders, write_parquet
 from timm.data.imagenet_info import ImageNetInfo
 
-from modeling_micl import MiclForImageClassification, MiclModel, MiclPreTrainedModel
+from modeling_micl import MiclConfig, MiclForImageClassification, MiclModel, MiclPreTrainedModel
 from training import evaluate_robustness
 from training import labels as labels_module
 from training.evaluate_robustness import RobustnessConfig, corruption_folders
 from training.evaluation import accuracies, predict
 from training.parser import parse_settings
+from training.results import image_processor
 from training.source import open_source
 
 
@@ -86,6 +87,18 @@ def test_only_the_classes_of_the_dataset_compete(classifier: Callable[..., str],
     names = ("num_classes", "num_model_classes", "classes_matched_by", "num_test_images", "split", "dataset")
     assert facts(entries[0], *names) == [7, 12, "name", 20, "train", str(file)]
     assert "only the dataset's classes compete" in entries[0]["protocol"]
+
+
+def test_images_are_normalised_as_the_classifiers_processor_says(
+    classifier: Callable[..., str], run: Any, tmp_path: Path
+) -> None:
+    model = classifier()
+    labels = logits_of(model, 20).argmax(dim=1).tolist()
+    file = write_parquet(tmp_path / "all.parquet", labels, datasets.ClassLabel(names=NAMES))
+    image_processor(MiclConfig.from_pretrained(model)).save_pretrained(model)
+    assert values(run(model, file))["top-1 accuracy"] == 1
+    renormalize(Path(model))
+    assert values(run(model, file))["top-1 accuracy"] < 1
 
 
 def test_all_classes_compete_when_asked_to(classifier: Callable[..., str], run: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
+from transformers import ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining, MiclModel, MiclPreTrainedModel
 from training.data import Batch
 from training.features import (
+    IMAGENET,
     LabelledFeatures,
     cached_features,
     colour_histogram,
@@ -23,6 +26,7 @@ from training.features import (
     extract_features,
     normalize_pixels,
     raw_pixels,
+    stored_normalization,
     weights_digest,
     with_centred_pixels,
 )
@@ -43,6 +47,43 @@ def test_pixels_are_normalised_as_imagenets() -> None:
     found = normalize_pixels(pixels)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
+
+
+def stored_processor(folder: Path, **settings: Any) -> ViTImageProcessor:
+    """A stored processor that neither resizes nor crops."""
+    processor = ViTImageProcessor(do_resize=False, **settings)
+    processor.save_pretrained(folder)
+    return processor
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": 0.3},
+    ],
+    ids=str,
+)
+def test_frozen_features_are_of_images_as_the_models_own_processor_normalises_them(
+    settings: dict[str, Any], tmp_path: Path, tiny_model: Model, accelerator: Accelerator, batch: Batch
+) -> None:
+    model, processor = tiny_model(MiclModel), stored_processor(tmp_path, **settings)
+    pixel_values = processor([Image.fromarray(image.numpy()) for image in batch.pixels], return_tensors="pt")
+    expected = model(**pixel_values).pooler_output
+    found = encoder_features(model, accelerator, normalization=stored_normalization(str(tmp_path)))(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - encoder_features(model, accelerator)(batch)).abs().max() > 0.01
+
+
+def test_a_folder_without_an_image_processor_is_taken_for_imagenets(tmp_path: Path) -> None:
+    assert stored_normalization(str(tmp_path)) == IMAGENET
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match=f"The image processor of {str(tmp_path)!r} cannot be read"):
+        stored_normalization(str(tmp_path))
 
 
 def test_raw_pixels_are_the_image_or_its_means() -> None:

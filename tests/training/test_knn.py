@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from conftest import renormalize
 from torch import Tensor
 from transformers import AutoImageProcessor, ViTConfig, ViTModel
 
@@ -105,6 +106,20 @@ def test_accuracies_are_those_of_the_features_that_transformers_gives(
     found = run_knn(features=pooling, k=5, temperature=0.1, few_shot=[0.25, 0.5], seed=3)
     assert outcomes(found) == pytest.approx(expected)
     assert len(set(expected.values())) > 3
+
+
+def test_a_model_sees_images_normalised_as_its_own_processor_says(
+    folder: Path, run_knn: Callable[..., list[Entry]], extractions: list[str]
+) -> None:
+    """Also where features with another normalisation are in the cache."""
+    votes = []
+    for change in (lambda _: None, renormalize):
+        change(folder / "model")
+        (train, labels), (test, answers) = (by_transformers(folder, split, "cls") for split in ("train", "test"))
+        votes.append(knn_accuracy(train, labels, test, answers, 5, None))
+        assert outcomes(run_knn(k=5, few_shot=[]))[1.0, False] == pytest.approx(votes[-1])
+    assert votes[0] != votes[1]
+    assert extractions == ["train", "test"] * 2
 
 
 def test_an_entry_says_what_was_measured_how_and_on_what(

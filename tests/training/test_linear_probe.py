@@ -25,6 +25,7 @@ from classifier_runs import (
     weights,
     write_colours,
 )
+from conftest import renormalize
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -90,6 +91,14 @@ def test_the_fast_probe_is_one_fitted_by_hand(folder: Path) -> None:
     expected_facts = ["test", TEST, TRAIN, 1.0, "cls of the encoder", 0, str(folder / "encoder")]
     assert [top1[name] for name in facts] == expected_facts
     assert top1["command"].startswith("python -m training.linear_probe")
+
+
+def test_the_fast_probes_classifier_keeps_its_encoders_normalisation(folder: Path) -> None:
+    renormalize(folder / "encoder")
+    run = run_probe(folder, few_shot=[])
+    expected = fit_probe(encoded(folder / "encoder", "train"), torch.tensor(true_labels(TRAIN, 7)), 7, seed=0)
+    scores = expected.scores(encoded(folder / "encoder", "test"))
+    torch.testing.assert_close(logits_of(run / "model", pictures("test")), scores, rtol=1e-3, atol=1e-3)
 
 
 def test_the_encoders_folder_gets_all_results_the_classifiers_only_its_own(folder: Path) -> None:

@@ -13,16 +13,24 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import renormalize
 from PIL import Image
 from torch import Tensor
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining, MiclModel, MiclPreTrainedModel
-from training.data import EvaluationImages, batches
 from training.evaluation import accuracies, load_classifier, load_frozen, open_labelled, predict
-from training.features import Frozen, encoder_features, extract_features, normalize_pixels
+from training.features import (
+    IMAGENET,
+    Frozen,
+    Normalization,
+    encoder_features,
+    extract_features,
+    normalize_pixels,
+    stored_normalization,
+)
 from training.images import central_crop, to_pixels
 from training.judge import knn_accuracy
-from training.occlusion import TIMED_PASSES, OcclusionConfig, main, num_visible, patch_order, timings, visible_patches
+from training.occlusion import TIMED_PASSES, OcclusionConfig, main, timings
 from training.parser import parse_settings
 from training.results import save_model
 from training.source import open_source
@@ -76,7 +84,15 @@ def values(entries: list[dict[str, Any]], protocol: str) -> dict[float, float]:
 
 
 @torch.no_grad()
-def outputs(model: Frozen, data: Path, split: str, share: float = 0.0, seed: int = 0, pooling: str = "cls") -> Tensor:
+def outputs(
+    model: Frozen,
+    data: Path,
+    split: str,
+    share: float = 0.0,
+    seed: int = 0,
+    pooling: str = "cls",
+    normalization: Normalization = IMAGENET,
+) -> Tensor:
     """Features or logits of a split's pictures, from the model called with the visible patches."""
     pixels, visible = [], []
     for number, row in enumerate(open_source(str(data), split, streaming=False).rows):
@@ -84,7 +100,8 @@ def outputs(model: Frozen, data: Path, split: str, share: float = 0.0, seed: int
         pixels.append(torch.tensor(to_pixels(image)))
         order = np.random.default_rng((seed, number)).permutation(PATCHES)
         visible.append([order[: round(PATCHES * (1 - share))].tolist()])
-    output = model(normalize_pixels(torch.stack(pixels)), ids_visible=torch.tensor(visible) if share else None)
+    pixel_values = normalize_pixels(torch.stack(pixels), normalization)
+    output = model(pixel_values, ids_visible=torch.tensor(visible) if share else None)
     if isinstance(model, MiclForImageClassification):
         logits: Tensor = output.logits
         return logits
@@ -94,49 +111,6 @@ def outputs(model: Frozen, data: Path, split: str, share: float = 0.0, seed: int
 
 def labels_of(count: int) -> Tensor:
     return torch.arange(count) % CLASSES
-
-
-@pytest.mark.parametrize(
-    ("patches", "share", "visible"), [(64, 0.0, 64), (64, 0.95, 3), (196, 0.9, 20), (16, 0.75, 4), (4, 0.99, 1)]
-)
-def test_at_least_one_patch_is_visible(patches: int, share: float, visible: int) -> None:
-    assert num_visible(patches, share) == visible
-
-
-def test_what_is_seen_when_more_is_hidden_is_a_part_of_what_is_seen_when_less_is(write_shards: Write) -> None:
-    source = open_source(str(write_shards(9)))
-    (batch,) = batches(EvaluationImages(source, central_crop((32, 32))), 0)
-    before = None
-    for share in (0.0, 0.25, 0.5, 0.75, 0.9, 0.95):
-        seen = [set(ids.flatten().tolist()) for ids in visible_patches(share, 64, seed=0)(batch)]
-        assert all(len(ids) == num_visible(64, share) and ids <= set(range(64)) for ids in seen)
-        assert before is None or all(less < more for less, more in zip(seen, before, strict=True))
-        assert share == 0 or len({frozenset(ids) for ids in seen}) == 9  # every image has its own
-        before = seen
-
-
-def test_every_patch_is_as_likely_to_be_visible() -> None:
-    counts = patch_order(torch.arange(4000), 16, seed=0)[:, :4].flatten().bincount(minlength=16)
-    assert (counts - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
-    assert not torch.equal(patch_order(torch.arange(9), 16, seed=0), patch_order(torch.arange(9), 16, seed=1))
-
-
-def test_what_is_seen_of_an_image_depends_on_neither_batches_nor_workers_nor_processes(write_shards: Write) -> None:
-    source = open_source(str(write_shards(13, 8, 4)))
-    views = visible_patches(0.75, 64, seed=3)
-
-    def seen(processes: int, workers: int, batch_size: int) -> dict[int, list[int]]:
-        found = {}
-        for process in range(processes):
-            share = (process, processes)
-            images = EvaluationImages(source, central_crop((32, 32)), process=share, batch_size=batch_size)
-            for batch in batches(images, workers):
-                found |= dict(zip(batch.index.tolist(), views(batch)[:, 0].tolist(), strict=True))
-        return found
-
-    expected = seen(1, 0, 128)
-    assert len(expected) == 25
-    assert seen(1, 0, 4) == seen(2, 0, 3) == seen(3, 2, 5) == expected
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -172,6 +146,19 @@ def test_an_encoder_is_judged_by_the_vote_of_whole_images(
         expected = knn_accuracy(votes, labels_of(TRAIN), queries, labels_of(TEST))
         assert values(entries, "kNN")[share] == pytest.approx(expected)
     assert len(entries) == len(SHARES)
+
+
+def test_parts_of_images_are_normalised_as_the_models_processor_says(
+    save: Callable[..., Path], run: Run, data: Path
+) -> None:
+    model = save(MiclForPreTraining)
+    renormalize(model)
+    entries, frozen, own = run(model), load_frozen(str(model)), stored_normalization(str(model))
+    votes = outputs(frozen, data, "train", normalization=own)
+    for share in SHARES:
+        queries = outputs(frozen, data, "test", share, normalization=own)
+        expected = knn_accuracy(votes, labels_of(TRAIN), queries, labels_of(TEST))
+        assert values(entries, "kNN")[share] == pytest.approx(expected)
 
 
 def test_with_nothing_hidden_it_is_the_plain_evaluation(save: Callable[..., Path], run: Run, data: Path) -> None:
