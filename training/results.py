@@ -142,7 +142,8 @@ def add_results(folder: Path, results: list[dict[str, Any]]) -> None:
 def _write_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
     unfinished = folder / f".tmp-{EVALUATION}"
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(json.dumps(evaluation, indent=2) + "\n")
+    known = {key: value for key, value in evaluation.items() if value is not None}
+    unfinished.write_text(json.dumps(known, indent=2) + "\n")
     unfinished.replace(folder / EVALUATION)
 
 

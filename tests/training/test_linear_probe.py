@@ -164,10 +164,10 @@ def test_results_of_a_model_from_the_hub_are_all_kept(folder: Path, monkeypatch:
 def test_what_cannot_be_probed_is_refused(folder: Path) -> None:
     for change, reason in (
         ({"protocol": "published", "features": "mean"}, "features='mean' goes with protocol='fast' only"),
-        ({"model": str(folder / "data")}, "is no folder with a model"),
+        ({"model": str(folder / "data")}, "is no model: it has no config.json"),
         ({"max_images": 9}, "needs at least 10 labelled images, got 9"),
         ({"eval_split": "validation"}, "no split 'validation'"),
-        ({"protocol": "published", "model": str(folder / "data")}, "is no folder with a model"),
+        ({"protocol": "published", "model": str(folder / "data")}, "is no model: it has no config.json"),
     ):
         with pytest.raises(ValueError, match=reason):
             run_probe(folder, **change)
