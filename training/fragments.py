@@ -20,7 +20,6 @@ from training.collection import (
     Collection,
     CollectionSettings,
     Encoder,
-    PartImages,
     encoder_of,
     open_images_of,
     read_collection,
@@ -29,6 +28,7 @@ from training.config import DataSettings, setting
 from training.data import run_in_workers
 from training.images import central_crop
 from training.parser import parse_settings
+from training.parts import PartImages
 from training.results import METRICS, add_results, result, table
 from training.source import ImageSource
 from training.visible import num_visible, visible_patches

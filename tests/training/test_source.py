@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from source_rows import all_rows
 from torch.utils.data import DataLoader, IterableDataset
@@ -188,3 +189,14 @@ def test_only_parquet_files_are_listed(write_shards: Write, write_tars: Write, w
     assert [Path(file).name for file in files] == [path.name for path in sorted(folder.rglob("*.parquet"))]
     assert open_source(str(write_tars(4, 3))).files is None
     assert open_source(str(write_image_folder(4)), streaming=True).files is None
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("numbers", [[0], [6, 7], [1, 4, 9, 10, 16], list(range(17))], ids=str)
+def test_rows_are_found_by_their_numbers(
+    numbers: list[int], streaming: bool, write_shards: Callable[..., Path]
+) -> None:
+    source = open_source(str(write_shards(7, 3, 7)), streaming=streaming)
+    found = list(source.rows_at(np.array(numbers)))
+    assert [number for number, _ in found] == numbers
+    assert [row["image"]["path"] for _, row in found] == [f"picture-{number}.png" for number in numbers]
