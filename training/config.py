@@ -224,7 +224,7 @@ class PretrainConfig(TrainingSettings):
         """Images that each process brings to a contrastive batch.
 
         Raises:
-            ValueError: if there would be no negatives, or the batch cannot be shared out evenly.
+            ValueError: if the batch cannot be shared out evenly.
         """
         images, micro_batch = self.contrastive_batch_size, self.per_device_micro_batch_size
         if images is None:
