@@ -27,7 +27,7 @@ from training.features import (
     weights_digest,
 )
 from training.parts import About, differences, finished_parts, part_name, read_facts
-from training.run import use_all_cores
+from training.processes import use_all_cores
 from training.source import ImageSource, open_source
 
 

@@ -86,6 +86,7 @@ class TrainingSettings(DataSettings):
     logging_steps: int = setting(10, "optimiser steps between entries of metrics.jsonl")
     save_steps: int = setting(1000, "optimiser steps between checkpoints")
     save_total_limit: int = setting(3, "newest checkpoints to keep")
+    process_timeout: int = setting(1800, "seconds that a process waits for the others before it ends the run")
     resume: str = setting(
         "auto", "'auto' continues from the newest valid checkpoint if there is one, 'none', or a path"
     )
@@ -99,7 +100,7 @@ class TrainingSettings(DataSettings):
     CHANGEABLE: ClassVar[set[str]] = {
         *("output_dir", "resume", "max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to"),
         *("num_workers", "max_bad_fraction", "gradient_checkpointing", "eval_split"),
-        *("push_to_hub", "push_checkpoints", "push_private"),
+        *("push_to_hub", "push_checkpoints", "push_private", "process_timeout"),
     }
 
     def trackers(self) -> list[str]:
@@ -130,7 +131,7 @@ class TrainingSettings(DataSettings):
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
         super().validate()
         self._validate_at_least(1, "gradient_accumulation_steps", "epochs", "logging_steps")
-        self._validate_at_least(1, "save_steps", "max_steps", "save_total_limit", "shuffle_window")
+        self._validate_at_least(1, "save_steps", "max_steps", "save_total_limit", "shuffle_window", "process_timeout")
         self._validate_at_least(0, "warmup_epochs", "base_lr", "min_lr", "seed", "weight_decay", "max_grad_norm")
         self._validate_share("crop_min_scale", zero=False)
         self._validate_share("max_bad_fraction")

@@ -34,8 +34,8 @@ from training.features import (
     weights_digest,
 )
 from training.labels import class_names, few_shot
+from training.processes import use_all_cores
 from training.results import EVALUATION, RANDOM_WEIGHTS, read_evaluation, result
-from training.run import use_all_cores
 from training.source import ImageSource, evaluation_split, open_split
 
 

@@ -11,7 +11,8 @@ from training.log import Logger
 from training.loop import train
 from training.optim import layer_decay_optimizer
 from training.parser import parse_settings
-from training.run import Run, StopRequest, start_accelerator, summary
+from training.processes import lost_processes, start_accelerator
+from training.run import Run, StopRequest, summary
 from training.source import ImageSource
 from training.supervised import Classify, build_classifier, open_classes, save_classifier, write_classifier
 from training.uploads import Uploads
@@ -72,7 +73,7 @@ def main(config: FinetuneConfig) -> None:
     accelerator.print(summary(run, {"model": f"{start}, {len(names)} classes, layer decay {config.layer_decay}"}))
     stop = StopRequest()
     task = Finetune(run, config, augmentation, eval_source, uploads)
-    with Logger(run, stop, "fine-tuning") as log:
+    with lost_processes(run), Logger(run, stop, "fine-tuning") as log:
         completed = train(run, task, log, stop)
     if completed:
         uploads.wait()

@@ -24,8 +24,9 @@ from training.log import Logger
 from training.loop import train
 from training.optim import lars_optimizer
 from training.parser import parse_settings
+from training.processes import start_accelerator
 from training.results import METRICS, add_results, save_model, table
-from training.run import Run, StopRequest, start_accelerator, summary
+from training.run import Run, StopRequest, summary
 from training.supervised import Classify, build_classifier, open_classes, save_classifier
 
 
@@ -116,6 +117,8 @@ def fold_batch_norm(model: MiclForImageClassification) -> MiclForImageClassifica
 
 def run_published(config: ProbeConfig, accelerator: Accelerator) -> None:
     """Train the head on random crops, as MAE's main_linprobe.py does."""
+    if accelerator.is_fsdp2:
+        raise ValueError("The published probe does not work with FSDP: its one trained layer needs plain processes.")
     source, eval_source, names = open_classes(config, accelerator)
     model = with_batch_norm(build_classifier(config, names, classifier_pooling="cls", drop_path_rate=0.0))
     optimizer = lars_optimizer(model.classifier, config.weight_decay)

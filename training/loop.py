@@ -13,6 +13,7 @@ from training.images import Transform
 from training.log import Logger
 from training.optim import set_learning_rate
 from training.run import Run, StopRequest, save_run
+from training.tensors import whole_tensors
 
 
 class Task(ABC):
@@ -69,6 +70,7 @@ def learn(run: Run, task: Task, batch: Batch, with_norm: bool) -> tuple[ModelOut
         output = task.forward_backward(batch)
         if accelerator.sync_gradients and (config.max_grad_norm or with_norm):
             grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
+            grad_norm = dict(whole_tensors({"norm": grad_norm}))["norm"]  # FSDP gives each process a part
         set_learning_rate(run.optimizer, run.learning_rate())
         run.optimizer.step()
         run.optimizer.zero_grad()

@@ -25,6 +25,7 @@ from training.micro_batch import find_micro_batch
 from training.monitor import batch_metrics, gigaflop_per_image
 from training.optim import build_optimizer
 from training.parser import parse_settings
+from training.processes import lost_processes, start_accelerator
 from training.results import (
     TRAINED,
     add_results,
@@ -36,7 +37,7 @@ from training.results import (
     save_model,
     training_facts,
 )
-from training.run import Run, StopRequest, start_accelerator, summary
+from training.run import Model, Run, StopRequest, summary
 from training.source import ImageSource, evaluation_split, open_split
 from training.start import load_start, start_from
 from training.uploads import Uploads
@@ -109,7 +110,7 @@ class Contrast(Task):
         """Judge the frozen features as they are now, by kNN and, if asked for, a linear probe."""
         assert self.eval_source
         run, config = self.run, self.config
-        extractor = {"encoder": encoder_features(run.unwrapped().vit.eval(), run.accelerator)}
+        extractor = {"encoder": encoder_features(run.whole_model().vit.eval(), run.accelerator)}
         size = height_and_width(run.unwrapped().config.image_size)
         splits = (run.source, self.eval_source)
         probes = config.online_probe
@@ -119,12 +120,12 @@ class Contrast(Task):
 
     def after_checkpoint(self) -> None:
         """Send the model to the Hub, if asked for."""
-        self.uploads.send_checkpoint(lambda: write_model(self.run))
+        self.uploads.send_checkpoint(lambda: write_model(self.run, self.run.unwrapped()))
 
 
-def write_model(run: Run) -> Path:
+def write_model(run: Run, model: Model) -> Path:
     """Write the portable folder, with how the model was trained."""
-    save_model(run.unwrapped(), run.folder / "model", training_facts(run, "training.pretrain"))
+    save_model(model, run.folder / "model", training_facts(run, "training.pretrain"))
     return run.folder / "model"
 
 
@@ -181,10 +182,10 @@ def finish(run: Run, config: PretrainConfig, log: Logger, eval_source: ImageSour
     """Write the portable model, evaluate it, write its eval.json, card and figures, and print the table."""
     uploads.wait()
     accelerator, folder = run.accelerator, run.folder / "model"
-    trained = run.unwrapped()
+    trained = run.whole_model()
     assert isinstance(trained, MiclForPreTraining)
     if accelerator.is_main_process:
-        write_model(run)
+        write_model(run, trained)
     before = untrained_model(config).to(accelerator.device)
     if config.init_from is not None:
         load_start(before, config.init_from, run.folder)
@@ -214,7 +215,7 @@ def main(config: PretrainConfig) -> None:
     run = start_run(config, accelerator, source)
     stop = StopRequest()
     alarm = CollapseAlarm(run.plan.contrasted_images)
-    with Logger(run, stop, "pre-training", alarm.check) as log:
+    with lost_processes(run), Logger(run, stop, "pre-training", alarm.check) as log:
         log.write_facts({"negatives": config.negatives})
         completed = train(run, Contrast(run, config, eval_source, uploads), log, stop)
     if completed:

@@ -1,15 +1,12 @@
 """A training run: what follows from its settings, how far it is, and how it is saved, resumed and interrupted."""
 
-import os
 import signal
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.tracking import get_available_trackers
+from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining
@@ -24,47 +21,10 @@ from training.checkpoint import (
 from training.config import TrainingSettings
 from training.optim import learning_rate, scaled_learning_rate
 from training.source import ImageSource
+from training.tensors import whole_tensors
 
 
 Model = MiclForPreTraining | MiclForImageClassification
-
-
-def start_accelerator(config: TrainingSettings) -> Accelerator:
-    """Processes, precision and trackers.
-
-    Raises:
-        ValueError: if a tracker is not installed, or fp16 is asked for without a GPU (accelerate itself would pass
-            over both in silence); if the batch cannot be shared out to the processes; or if the model would be wrapped
-            in a way that checkpoints cannot be written from.
-    """
-    missing = set(config.trackers()) - {str(tracker) for tracker in get_available_trackers()}
-    if missing:
-        raise ValueError(
-            f"report_to={config.report_to!r}: {sorted(missing)} not installed (or unknown to accelerate)."
-        )
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.trackers() or None,
-        project_dir=config.output_dir,
-    )
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision='fp16' needs a GPU, for its loss scaling: use 'bf16' or 'no' on the CPU.")
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
-        kind == DistributedType.FSDP and not accelerator.is_fsdp2
-    ):
-        raise ValueError(f"accelerate is set up for {kind.value}: use plain processes or FSDP with fsdp_version: 2.")
-    config.contrasted_images(accelerator.num_processes)  # refuses an impossible batch before anything is loaded
-    use_all_cores(accelerator)
-    return accelerator
-
-
-def use_all_cores(accelerator: Accelerator) -> None:
-    """On the CPU share out the cores: launchers leave a process one thread, however many there are."""
-    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
 
 
 @dataclass
@@ -191,6 +151,8 @@ class Run:
             model.activation_checkpointing_enable()
         run = cls(config, accelerator, source, plan, *accelerator.prepare(model, optimizer))
         if ema_decay is not None:
+            if accelerator.is_fsdp2:
+                raise ValueError(f"ema_decay={ema_decay} does not work with FSDP: leave it out.")
             run.averaged = AveragedModel(run.unwrapped(), multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         resume_run(run)
         settings = {key: str(value) for key, value in config.to_dict().items()}  # TensorBoard takes no lists, no None
@@ -219,8 +181,19 @@ class Run:
         config = self.config
         return learning_rate(epoch, self.plan.peak_lr, config.warmup_epochs, config.epochs, config.min_lr)
 
+    def whole_model(self) -> Model:
+        """The model with all its weights on this process, a copy if FSDP shards it; all processes call it."""
+        model = self.unwrapped()
+        if not self.accelerator.is_fsdp2:
+            return model
+        kind = MiclForPreTraining if isinstance(model, MiclForPreTraining) else MiclForImageClassification
+        copy = kind(model.config)
+        copy.load_state_dict(dict(whole_tensors(model.state_dict())))
+        copy.to(self.accelerator.device)
+        return copy
+
     def unwrapped(self) -> Model:
-        """The model itself."""
+        """The model without what accelerate put around it; with FSDP it holds a part of its weights."""
         model = self.accelerator.unwrap_model(self.model)
         assert isinstance(model, Model)
         return model

@@ -8,6 +8,7 @@ from modeling_micl.convert_checkpoint import read_model
 from modeling_micl.hub_access import read_config_dict
 from training.evaluation import load_encoder
 from training.run import Run
+from training.tensors import load_whole
 
 
 # What it must share with the settings. Its dropout and its objective are not taken over.
@@ -56,7 +57,7 @@ def start_from(run: Run, source: str) -> None:
     model = run.unwrapped()
     with run.accelerator.main_process_first():  # the others find what the first has downloaded
         encoder = read_start(source, model.config)
-    model.vit.load_state_dict(encoder.state_dict())
+    load_whole(model.vit, encoder.state_dict())
     if run.accelerator.is_main_process:
         encoder.save_pretrained(_kept(run.folder))
     run.accelerator.wait_for_everyone()

@@ -118,8 +118,8 @@ class Classify(Task):
         torch.manual_seed(seed)
 
     def judged(self) -> MiclForImageClassification:
-        """The model that counts: the averaged one where there is one."""
-        model = self.run.averaged.module if self.run.averaged is not None else self.run.unwrapped()
+        """The model that counts, whole: the averaged one where there is one; all processes call it."""
+        model = self.run.averaged.module if self.run.averaged is not None else self.run.whole_model()
         assert isinstance(model, MiclForImageClassification)
         return model
 

@@ -94,20 +94,31 @@ def _trained(run: Resumable) -> dict[str, nn.Parameter]:
     return {name: parameters[name] for group in _named_groups(run) for name in group["params"]}
 
 
+def whole_tensors(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors, of which each process may hold only a part; all processes call it."""
+    for name, tensor in sorted(tensors.items()):  # all processes gather the same one at a time
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def load_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load whole tensors into a model, of which each process may hold only a part."""
+    own = model.state_dict()
+    model.load_state_dict({name: _own_part(tensor, own[name]) for name, tensor in tensors.items()})
+
+
 def _write(accelerator: Accelerator, tensors: dict[str, Tensor], file: Path) -> None:
     whole = {}
-    for name, tensor in sorted(tensors.items()):  # all processes gather the same one at a time
-        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    for name, tensor in whole_tensors(tensors):
         if accelerator.is_main_process:
-            whole[name] = gathered.cpu().contiguous()
+            whole[name] = tensor.cpu().contiguous()
     if accelerator.is_main_process:
         save_file(whole, file)
 
 
 def _load_model(model: nn.Module, file: Path) -> None:
-    own, stored = model.state_dict(), load_file(file)
-    _check_names(file, stored, own)
-    model.load_state_dict({name: _own_part(tensor, own[name]) for name, tensor in stored.items()})
+    stored = load_file(file)
+    _check_names(file, stored, model.state_dict())
+    load_whole(model, stored)
 
 
 def _load_optimizer(run: Resumable, groups: list[dict[str, Any]], file: Path) -> None:

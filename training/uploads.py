@@ -32,11 +32,14 @@ class Uploads:
         accelerator: only its main process sends.
 
     Raises:
-        ValueError: if there is no token, or the repository is public but must be private.
+        ValueError: if there is no token, the repository is public but must be private, or
+            push_checkpoints is set with FSDP, where no process has the whole model.
         RuntimeError: if the Hub refuses or cannot be reached.
     """
 
     def __init__(self, config: TrainingSettings, accelerator: Accelerator) -> None:
+        if config.push_checkpoints and accelerator.is_fsdp2:
+            raise ValueError("push_checkpoints does not work with FSDP: leave it out, and push_to_hub sends the end.")
         self.place = (
             Place(config.push_to_hub, config.push_private)
             if config.push_to_hub and accelerator.is_main_process

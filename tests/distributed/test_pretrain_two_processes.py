@@ -68,8 +68,10 @@ class Finished:
         return {result["features"]: result["value"] for result in results}
 
 
-def train(folder: Path, name: str, processes: int, negatives: str, micro_batch: int | None = None) -> Finished:
-    """Run the command on processes that share a batch."""
+def train(
+    folder: Path, name: str, processes: int, negatives: str, micro_batch: int | None = None, sharded: bool = False
+) -> Finished:
+    """Run the command on processes that share a batch, and with FSDP the model, too."""
     settings = {
         **{"dataset": folder / "data", "output_dir": folder / name, "image_size": 16, "patch_size": 4},
         **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mask_ratio": 0.5},
@@ -81,7 +83,8 @@ def train(folder: Path, name: str, processes: int, negatives: str, micro_batch: 
         **({"per_device_micro_batch_size": micro_batch} if micro_batch else {}),
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "training.pretrain"]
+    program = "tests.distributed.fsdp_on_cpu" if sharded else "training.pretrain"
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", program]
     command += [f"--{setting}={value}" for setting, value in settings.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "home")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -100,10 +103,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
         "local": train(folder, "local", 2, "local"),
         "one, cached": train(folder, "one, cached", 1, "global", 8),
         "global, cached": train(folder, "global, cached", 2, "global", 4),
+        "sharded, cached": train(folder, "sharded, cached", 2, "global", 4, sharded=True),
     }
 
 
-@pytest.mark.parametrize("name", ["one", "global", "local", "one, cached", "global, cached"])
+@pytest.mark.parametrize("name", ["one", "global", "local", "one, cached", "global, cached", "sharded, cached"])
 def test_the_command_comes_to_its_end(name: str, runs: dict[str, Finished]) -> None:
     assert runs[name].status == 0, runs[name].complaints[-5000:]
     assert f"on {1 if name.startswith('one') else 2} processes" in runs[name].printed
@@ -112,7 +116,7 @@ def test_the_command_comes_to_its_end(name: str, runs: dict[str, Finished]) -> N
     assert names == {"checkpoints", "metrics.jsonl", "model", "figures"}
 
 
-@pytest.mark.parametrize("name", ["global", "one, cached", "global, cached"])
+@pytest.mark.parametrize("name", ["global", "one, cached", "global, cached", "sharded, cached"])
 def test_however_a_batch_is_shared_out_it_learns_the_same(name: str, runs: dict[str, Finished]) -> None:
     one, several = runs["one"], runs[name]
     assert len(one.column("loss")) == STEPS
@@ -134,7 +138,7 @@ def test_local_negatives_learn_something_else(runs: dict[str, Finished]) -> None
     assert abs(runs["local"].column("loss")[0] - runs["one"].column("loss")[0]) > 0.1
 
 
-@pytest.mark.parametrize("name", ["global", "local"])
+@pytest.mark.parametrize("name", ["global", "local", "sharded, cached"])
 def test_two_processes_share_the_evaluation(name: str, runs: dict[str, Finished]) -> None:
     """Features that learn nothing, and those of the untrained encoder, do not depend on how many worked them out."""
     one, several = runs["one"].results(), runs[name].results()

@@ -12,8 +12,7 @@ from run_folder import course, same_weights
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training import loop, pretrain
-from training import run as run_module
+from training import loop, pretrain, processes
 from training.checkpoint import newest_checkpoint
 from training.config import PretrainConfig
 from training.optim import learning_rate
@@ -97,7 +96,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(
     for tracker in ("nonsense", "tensorboard,nonsense"):
         with pytest.raises(ValueError, match="'nonsense'.*not installed"):
             run_pretraining(settings(dataset="no/such/folder", report_to=tracker))
-    monkeypatch.setattr(run_module, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(processes, "get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match="'wandb'.*not installed"):
         run_pretraining(settings(dataset="no/such/folder", report_to="tensorboard, wandb"))
 
