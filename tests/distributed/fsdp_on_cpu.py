@@ -3,7 +3,9 @@
 All that differs from `accelerate launch` with `training/recipes/accelerate/fsdp.yaml` is where the switch is set.
 """
 
+import os
 import runpy
+import sys
 from typing import Any
 
 from accelerate import Accelerator, DistributedType, PartialState
@@ -23,3 +25,5 @@ def start_sharded(self: Accelerator, *args: Any, **kwargs: Any) -> None:
 
 Accelerator.__init__ = start_sharded
 runpy.run_module("training.pretrain", run_name="__main__", alter_sys=True)
+sys.stdout.flush()
+os._exit(0)  # FSDP keeps gloo's groups, whose threads now and then abort the interpreter's own way out

@@ -128,7 +128,10 @@ def test_all_write_the_same(kind: str, folder: Path) -> None:
     assert "vit.embeddings.position_embeddings" in tensors
     assert "vit.embeddings.position_embeddings.exp_avg" not in tensors
     assert tensors["vit.embeddings.cls_token.step"] == 2
-    torch.testing.assert_close(tensors, alone, rtol=1e-4, atol=1e-6)
+    assert tensors.keys() == alone.keys()
+    # A key's bias does not change what attention gives: its gradient is rounding, which Adam blows up.
+    for name in (name for name in alone if "k_proj.bias" not in name):
+        torch.testing.assert_close(tensors[name], alone[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

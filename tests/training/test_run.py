@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from run_folder import course, same_weights
 from safetensors.torch import load_file
 from torch import Tensor
@@ -123,6 +125,7 @@ def test_what_no_checkpoint_can_be_written_from_is_refused(
 ) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", kind)
     monkeypatch.setattr(Accelerator, "is_fsdp2", fsdp2)
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", SimpleNamespace(), raising=False)
     with pytest.raises(ValueError, match=f"set up for {kind.value}" if refused else "no/such/folder"):
         run_pretraining(settings(dataset="no/such/folder"))
 
