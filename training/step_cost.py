@@ -5,11 +5,14 @@ gradients and AdamW's moments, the second has them from its start):
 
 - on a CUDA GPU it is `torch.cuda.max_memory_allocated()`: all that PyTorch holds, weights included;
 - on the CPU it is the growth of the process's peak resident set, `getrusage(RUSAGE_SELF).ru_maxrss` after the steps
-  minus before the first: gradients, moments and activations, but neither weights nor images, which are there before.
+  minus before the first: gradients, moments and activations, and some code that is loaded then, but neither weights
+  nor images, which are there before. There glibc is told to give back the memory of each freed tensor at once; by
+  itself it keeps a changing part of it, which blurs what is compared.
 
 So the ratios of one device can be compared, not the numbers of the two.
 """
 
+import ctypes
 import resource
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -35,6 +38,7 @@ from training.optim import build_optimizer
 from training.run import use_all_cores
 
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -134,6 +138,8 @@ def peak_memories(accelerator: Accelerator, config: MiclConfig, ways: Sequence[W
 
 
 def _peak_memory(mixed_precision: str, config: MiclConfig, way: Way) -> int | None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # its start value; a set one does not grow
     learner = Learner(Accelerator(mixed_precision=mixed_precision), config, way.images)
     before = _peak_resident_set()
     try:
