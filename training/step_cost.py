@@ -1,0 +1,177 @@
+"""What a training step costs in time and memory: the model, optimiser and losses of training, on random images.
+
+Peak memory is measured in a process of its own for every way to make the step, over two steps (the first makes the
+gradients and AdamW's moments, the second has them from its start):
+
+- on a CUDA GPU it is `torch.cuda.max_memory_allocated()`: all that PyTorch holds, weights included;
+- on the CPU it is the growth of the process's peak resident set, `getrusage(RUSAGE_SELF).ru_maxrss` after the steps
+  minus before the first: gradients, moments and activations, and some code that is loaded then, but neither weights
+  nor images, which are there before. There glibc is told to give back the memory of each freed tensor at once; by
+  itself it keeps a changing part of it, which blurs what is compared.
+
+So the ratios of one device can be compared, not the numbers of the two.
+"""
+
+import ctypes
+import resource
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from time import perf_counter
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from modeling_micl import MiclConfig, MiclForPreTraining, MiclForPreTrainingOutput
+from modeling_micl.configuration_micl import height_and_width
+from training.cached import cached_backward
+from training.features import normalize_pixels
+from training.optim import build_optimizer
+from training.run import use_all_cores
+
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a contrastive batch becomes a training step.
+
+    Args:
+        images: contrasted together.
+        micro_batch: images that go through the model at once; fewer than all of them means the cached loss.
+        gradient_checkpointing: whether each layer is recomputed in the backward pass.
+    """
+
+    images: int
+    micro_batch: int
+    gradient_checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        """In words, without the size of the batch."""
+        loss = "plain" if self.micro_batch == self.images else f"cached, {self.micro_batch} at once"
+        return f"{loss}, checkpointing" if self.gradient_checkpointing else loss
+
+
+class Learner:
+    """A model in training, with random weights and random images that are on the CPU as if they had been decoded.
+
+    Args:
+        accelerator: device and precision.
+        config: of the model.
+        most_images: of the largest batch.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: MiclConfig, most_images: int) -> None:
+        use_all_cores(accelerator)
+        self.accelerator, device, size = accelerator, accelerator.device, height_and_width(config.image_size)
+        self.pixels = torch.randint(0, 256, (most_images, *size, config.num_channels), dtype=torch.uint8)
+        if device.type == "cuda":
+            self.pixels = self.pixels.pin_memory()  # as the data loader does
+        self.view_embeds = normalize(torch.randn(most_images, config.num_views, config.hidden_size), dim=-1).to(device)
+        self.unwrapped = MiclForPreTraining(config).train()
+        if device.type == "cpu":
+            self.unwrapped.set_attn_implementation("eager")  # as a run does
+        optimizer = build_optimizer(self.unwrapped, weight_decay=0.05, betas=(0.9, 0.95), learning_rate=1e-4)
+        self.model, self.optimizer = accelerator.prepare(self.unwrapped, optimizer)
+
+    def step(self, way: Way) -> None:
+        """Forward, backward and optimiser; returns when the device is done."""
+        if way.gradient_checkpointing:
+            self.unwrapped.activation_checkpointing_enable()
+        else:
+            self.unwrapped.activation_checkpointing_disable()
+        noise = torch.rand(way.images, self.unwrapped.config.num_patches, device=self.accelerator.device)
+
+        def embed(rows: slice, return_loss: bool = False) -> MiclForPreTrainingOutput:
+            pixels = normalize_pixels(self.pixels[rows].to(self.accelerator.device, non_blocking=True))
+            output: MiclForPreTrainingOutput = self.model(pixels, noise=noise[rows], return_loss=return_loss)
+            return output
+
+        if way.micro_batch == way.images:
+            self.accelerator.backward(embed(slice(way.images), return_loss=True).loss)
+        else:
+            cached_backward(self.accelerator, self.model, embed, way.images, way.micro_batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        _wait_for(next(self.unwrapped.parameters()))
+
+    def contrast(self, images: int) -> None:
+        """The similarity matrix and the loss of so many embedded images alone, forward and backward."""
+        view_embeds = self.view_embeds[:images].requires_grad_()
+        loss, _ = self.unwrapped.contrast(view_embeds)
+        (gradient,) = torch.autograd.grad(loss, view_embeds)
+        _wait_for(gradient)
+
+
+def _wait_for(tensor: Tensor) -> None:
+    tensor.flatten()[0].item()
+
+
+def peak_memories(accelerator: Accelerator, config: MiclConfig, ways: Sequence[Way]) -> list[int | None]:
+    """Peak memory of each way's step in bytes, as defined above; None where the memory does not suffice.
+
+    Raises:
+        RuntimeError: if a process is ended for want of memory, as systems do on the CPU.
+    """
+    # A process that is started by another takes over its ru_maxrss, one that the fork server makes does not; but CUDA
+    # cannot be used in a fork.
+    context = get_context("spawn" if accelerator.device.type == "cuda" else "forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as processes:
+        try:
+            return [processes.submit(_peak_memory, accelerator.mixed_precision, config, way).result() for way in ways]
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "A process was ended from outside, most likely for want of memory: lower contrastive_batch_sizes."
+            ) from error
+
+
+def _peak_memory(mixed_precision: str, config: MiclConfig, way: Way) -> int | None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # its start value; a set one does not grow
+    learner = Learner(Accelerator(mixed_precision=mixed_precision), config, way.images)
+    before = _peak_resident_set()
+    try:
+        for _ in range(2):
+            learner.step(way)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        return None
+    if learner.accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return _peak_resident_set() - before
+
+
+def _peak_resident_set() -> int:
+    """In bytes; the system call counts in KiB, but in bytes on macOS."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def time_steps(steps: Mapping[Name, Callable[[], None]], repetitions: int) -> dict[Name, list[float]]:
+    """Seconds of every repetition, interleaved, so that what else the machine does hits all alike; a warm-up first."""
+    seconds: dict[Name, list[float]] = {name: [] for name in steps}
+    for number in range(1 + repetitions):
+        for name, step in steps.items():
+            start = perf_counter()
+            step()
+            if number:
+                seconds[name].append(perf_counter() - start)
+    return seconds
+
+
+def per_image(seconds: list[float], images: int) -> dict[str, Any]:
+    """Median and interquartile range of the milliseconds per image, and the seconds that they come from."""
+    first, middle, third = np.percentile(seconds, [25, 50, 75]) * 1000 / images
+    return {"ms_per_image": float(middle), "ms_per_image_iqr": float(third - first), "seconds": seconds}
