@@ -35,7 +35,7 @@ from modeling_micl.configuration_micl import height_and_width
 from training.cached import cached_backward
 from training.features import normalize_pixels
 from training.optim import build_optimizer
-from training.run import use_all_cores
+from training.processes import use_all_cores
 
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
