@@ -21,7 +21,7 @@ from modeling_micl import __version__
 from modeling_micl.remote_code import REMOTE_FILES
 from training.card import without_local_paths
 from training.evaluation import load_frozen
-from training.results import EVALUATION, read_evaluation
+from training.results import EVALUATION
 
 
 NEEDED = ("README.md", "config.json", EVALUATION, "preprocessor_config.json", *REMOTE_FILES)
@@ -124,7 +124,7 @@ def upload(place: Place, files: dict[str, Path], token: str) -> dict[str, str]:
 
 def additions(files: dict[str, Path]) -> list[CommitOperationAdd]:
     """The files as they go up; of eval.json a copy without absolute paths."""
-    published = json.dumps(without_local_paths(read_evaluation(files[EVALUATION].parent)), indent=2) + "\n"
+    published = json.dumps(without_local_paths(json.loads(files[EVALUATION].read_text())), indent=2) + "\n"
     return [
         CommitOperationAdd(name, published.encode() if name == EVALUATION else path) for name, path in files.items()
     ]

@@ -13,7 +13,7 @@ from training.card import write_card
 from training.config import REPOSITORY, setting
 from training.hub import Place, check, files_to_publish, upload, usable_token
 from training.parser import parse_settings
-from training.results import table
+from training.results import add_results, table
 
 
 @dataclass
@@ -49,6 +49,7 @@ def main(config: PublishConfig) -> None:
     """
     folder, place = Path(str(config.model)), config.place()
     write_card(folder, place.name, place.repo, config.license)
+    add_results(folder, [])  # a converted model has no eval.json yet
     add_remote_code(folder)  # of this version, whatever was there
     files = files_to_publish(folder)
     check(folder, files)

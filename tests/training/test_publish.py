@@ -114,6 +114,15 @@ def test_a_dry_run_writes_the_card_and_sends_nothing(
     assert "\nlicense: cc-by-4.0\n" in (folder / "README.md").read_text()
 
 
+def test_a_model_of_which_nothing_is_recorded_says_so(hub: HubServer, run: Publish, folder: Path) -> None:
+    (folder / "eval.json").unlink()  # as after modeling_micl.convert_checkpoint
+    run()
+    published = tiny(hub).at("main")
+    assert published is not None
+    assert json.loads(published.files["eval.json"]) == {"results": []}
+    assert b"How these weights came about is not recorded." in published.files["README.md"]
+
+
 def test_absolute_paths_stay_at_home(hub: HubServer, run: Publish, folder: Path) -> None:
     add_results(
         folder, [ENTRY | {"dataset": "/home/me/secret/pictures", "command": "knn --dataset=/home/me/secret/p"}]
