@@ -118,6 +118,18 @@ def test_a_segmentation_model_starts_from_the_pretrained_backbone_as_the_readme_
     assert names["model"](torch.randn(2, 3, 48, 64)).logits.shape == (2, 21, 48, 64)
 
 
+@pytest.mark.slow
+def test_the_model_is_ready_to_be_published_as_the_readme_says(workplace: Path) -> None:
+    """Goes on where the main command ended; all but the sending."""
+    login, command = block("publish").splitlines()
+    assert login == "hf auth login"
+    printed = run(f"{command} --dry_run", workplace)
+    assert "YOUR_NAME/micl-photos at main: 12 files" in printed  # three of them figures, four the code
+    card = (workplace / "runs/photos/model/README.md").read_text()
+    assert 'MiclModel.from_pretrained("YOUR_NAME/micl-photos")' in card
+    assert str(workplace) not in card
+
+
 def test_every_recipe_and_file_that_the_readme_names_exists() -> None:
     for path in re.findall(r"(?:training/recipes|model_cards)/[\w/]+\.\w+", README):
         assert (ROOT / path).exists(), path
