@@ -106,7 +106,7 @@ def folder(alone: Accelerator, tmp_path_factory: pytest.TempPathFactory) -> Path
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     done = subprocess.run(
-        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=180, check=False
+        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-5000:]
     load_and_go_on(alone, "plain", folder)

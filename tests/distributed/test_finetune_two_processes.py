@@ -83,7 +83,7 @@ def finetune(folder: Path, processes: int) -> Finished:
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "training.finetune"]
     command += [f"--{setting}={value}" for setting, value in settings.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "home")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     return Finished(folder / str(processes), done.returncode, done.stdout, done.stderr)
 
 

@@ -308,7 +308,7 @@ def run_command(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     here = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     environment = os.environ | here | {"HF_HOME": str(folder / "home")}
     command = [sys.executable, "-m", "training.knn", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.slow
