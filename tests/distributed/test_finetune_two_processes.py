@@ -102,7 +102,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Finished]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_command_comes_to_its_end(processes: int, runs: dict[int, Finished]) -> None:
     assert runs[processes].status == 0, runs[processes].complaints[-5000:]
-    assert f"{16 // processes} images, on {processes} processes" in runs[processes].printed
+    assert f"{16 // processes}, on {processes} processes" in runs[processes].printed
     assert runs[processes].printed.count("top-1 accuracy") == 1
     assert {path.name for path in runs[processes].folder.iterdir()} == {"checkpoints", "metrics.jsonl", "model"}
 
