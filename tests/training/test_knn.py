@@ -332,4 +332,6 @@ def test_the_command_says_in_one_line_what_is_wrong(folder: Path) -> None:
     done = run_command(folder, "--model", str(folder / "model"), "--dataset", str(folder / "data"))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"training.knn: --model {str(folder / 'model')!r} is no folder")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"training.knn: --model {str(folder / 'model')!r} is no model: it has no config"
+    )
