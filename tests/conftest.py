@@ -20,6 +20,11 @@ TINY = {
 }  # 16 patches, two views of 4
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's tests, which take longest, come first: then no process is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture
 def tiny_config() -> Callable[..., MiclConfig]:
     """Build a configuration that is cheap to run; keywords replace single values."""

@@ -83,7 +83,7 @@ def finetune(folder: Path, processes: int) -> Finished:
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "training.finetune"]
     command += [f"--{setting}={value}" for setting, value in settings.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "home")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     return Finished(folder / str(processes), done.returncode, done.stdout, done.stderr)
 
 
@@ -102,7 +102,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Finished]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_command_comes_to_its_end(processes: int, runs: dict[int, Finished]) -> None:
     assert runs[processes].status == 0, runs[processes].complaints[-5000:]
-    assert f"{16 // processes} images, on {processes} processes" in runs[processes].printed
+    assert f"{16 // processes}, on {processes} processes" in runs[processes].printed
     assert runs[processes].printed.count("top-1 accuracy") == 1
     assert {path.name for path in runs[processes].folder.iterdir()} == {"checkpoints", "metrics.jsonl", "model"}
 

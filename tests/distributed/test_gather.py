@@ -88,7 +88,7 @@ MUTANTS = list(CASES)[3:]
 def run_all_cases(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
+        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=600)
     )
     torch.save({name: case(rank) for name, case in CASES.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

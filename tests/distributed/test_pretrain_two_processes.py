@@ -5,9 +5,6 @@ In one pass, or in several with the cached loss.
 
 import io
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import run_commands
 from PIL import Image
 from safetensors.torch import load_file
 
 
-ROOT = Path(__file__).parents[2]
 STEPS = 50
 BATCH = 32
 UNEVEN = [3, 25, 0, 14, 70]  # 112 images: three batches
@@ -45,7 +42,7 @@ def write_shards(folder: Path, split: str, lengths: list[int]) -> None:
 
 @dataclass
 class Finished:
-    """A command that has come to its end."""
+    """A run that has come to its end."""
 
     folder: Path
     status: int
@@ -68,12 +65,12 @@ class Finished:
         return {result["features"]: result["value"] for result in results}
 
 
-def train(
-    folder: Path, name: str, processes: int, negatives: str, micro_batch: int | None = None, sharded: bool = False
-) -> Finished:
-    """Run the command on processes that share a batch, and with FSDP the model, too."""
-    settings = {
-        **{"dataset": folder / "data", "output_dir": folder / name, "image_size": 16, "patch_size": 4},
+def command(
+    folder: Path, processes: int, negatives: str, micro_batch: int | None = None, sharded: bool = False
+) -> tuple[str, dict[str, object]]:
+    """Train on processes that share a batch, and with FSDP the model, too."""
+    settings: dict[str, object] = {
+        **{"dataset": folder.parent / "data", "output_dir": folder, "image_size": 16, "patch_size": 4},
         **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mask_ratio": 0.5},
         **{"contrastive_batch_size": BATCH if negatives == "global" else BATCH // processes},
         **{"epochs": 17, "warmup_epochs": 1, "base_lr": 0.02},
@@ -82,13 +79,7 @@ def train(
         **{"knn_epochs": 8, "online_probe": "true"},
         **({"per_device_micro_batch_size": micro_batch} if micro_batch else {}),
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    program = "tests.distributed.fsdp_on_cpu" if sharded else "training.pretrain"
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", program]
-    command += [f"--{setting}={value}" for setting, value in settings.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "home")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    return Finished(folder / name, done.returncode, done.stdout, done.stderr)
+    return "tests.distributed.fsdp_on_cpu" if sharded else "training.pretrain", settings
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +88,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     folder = tmp_path_factory.mktemp("runs")
     write_shards(folder / "data", "train", UNEVEN)
     write_shards(folder / "data", "test", [31])
-    return {
-        "one": train(folder, "one", 1, "global"),
-        "global": train(folder, "global", 2, "global"),
-        "local": train(folder, "local", 2, "local"),
-        "one, cached": train(folder, "one, cached", 1, "global", 8),
-        "global, cached": train(folder, "global, cached", 2, "global", 4),
-        "sharded, cached": train(folder, "sharded, cached", 2, "global", 4, sharded=True),
+    alone = {
+        "one": command(folder / "one", 1, "global"),
+        "one, cached": command(folder / "one, cached", 1, "global", 8),
     }
+    together = {
+        "global": command(folder / "global", 2, "global"),
+        "local": command(folder / "local", 2, "local"),
+        "global, cached": command(folder / "global, cached", 2, "global", 4),
+        # The last one, as it stays sharded.
+        "sharded, cached": command(folder / "sharded, cached", 2, "global", 4, sharded=True),
+    }
+    finished = {}
+    for processes, commands in ((1, alone), (2, together)):
+        done = run_commands(folder / f"{processes}", list(commands.values()), processes)
+        for name, printed in zip(commands, done.printed, strict=True):
+            finished[name] = Finished(folder / name, done.status, printed, done.complaints)
+    return finished
 
 
 @pytest.mark.parametrize("name", ["one", "global", "local", "one, cached", "global, cached", "sharded, cached"])

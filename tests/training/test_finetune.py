@@ -291,7 +291,7 @@ def test_nothing_is_written_before_all_is_checked(folder: Path) -> None:
         ({"dataset": str(bad_data)}, "no label column"),
         ({"dataset": str(folder / "few")}, "lower per_device_batch_size to at most 7"),
         ({"eval_split": "validation"}, "no split 'validation'"),
-        ({"model": str(folder / "nowhere")}, "is no folder with a model"),
+        ({"model": str(folder / "nowhere")}, "is no local path, and not a model on the Hub"),
         ({"rand_augment": "rand-m9-mstd"}, "rand_augment='rand-m9-mstd' is no policy"),
         ({"per_device_batch_size": 7, "mixup_alpha": 0.8}, "per_device_batch_size=7 must be even"),
         ({"model": None}, "name a portable folder or a Hub id with --model"),
