@@ -61,10 +61,12 @@ class Contrast(Task):
         run: the run.
         config: its settings.
         eval_source: labelled images that kNN classifies now and then, None for none.
-        uploads: where the model goes at checkpoints.
+        uploads: where the model goes at checkpoints, None for nowhere.
     """
 
-    def __init__(self, run: Run, config: PretrainConfig, eval_source: ImageSource | None, uploads: Uploads) -> None:
+    def __init__(
+        self, run: Run, config: PretrainConfig, eval_source: ImageSource | None, uploads: Uploads | None = None
+    ) -> None:
         super().__init__(run, config.knn_epochs if eval_source else 0)
         self.config, self.eval_source, self.uploads = config, eval_source, uploads
 
@@ -120,7 +122,8 @@ class Contrast(Task):
 
     def after_checkpoint(self) -> None:
         """Send the model to the Hub, if asked for."""
-        self.uploads.send_checkpoint(lambda: write_model(self.run, self.run.unwrapped()))
+        if self.uploads:
+            self.uploads.send_checkpoint(lambda: write_model(self.run, self.run.unwrapped()))
 
 
 def write_model(run: Run, model: Model) -> Path:
