@@ -20,10 +20,10 @@ from training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     read_state,
-    replace_folder,
     save_checkpoint,
     set_aside_later,
 )
+from training.tensors import gather_state, write_files
 
 
 FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json")
@@ -271,46 +271,10 @@ def test_writing_in_place_would_be_noticed(
     def save(step: int, keep: int = 9) -> Path:
         folder = tmp_path / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        tensors.write_tensors(run, folder)
+        write_files(gather_state(run), folder)
         (folder / "state.json").write_text(json.dumps({"step": step}))
         return folder
 
     monkeypatch.setattr(checkpoint_module, "find_defect", trust_anything)
     with pytest.raises((AssertionError, OSError, ValueError)):
         survives_every_death(save, tmp_path, "half-way", 9, monkeypatch)
-
-
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    new, final = tmp_path / ".tmp-model", tmp_path / "model"
-    for content in ("first", "second"):
-        new.mkdir()
-        (new / f"{content}.txt").write_text(content)
-        replace_folder(new, final)
-        assert [path.name for path in tmp_path.iterdir()] == ["model"]
-        assert [path.name for path in final.iterdir()] == [f"{content}.txt"]
-
-
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_death_while_replacing_a_folder_leaves_the_old_or_the_new_one(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    new, final = tmp_path / ".tmp-model", tmp_path / "model"
-    for victim in range(50):
-        for folder, content in ((final, "old"), (new, "new")):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            (folder / "content").write_text(content)
-        shutil.rmtree(tmp_path / "model.old", ignore_errors=True)
-        assassin = Assassin(moment)
-        try:
-            with monkeypatch.context() as patch:
-                assassin.watch(patch)
-                assassin.victim = victim
-                replace_folder(new, final)
-        except Killed:
-            whole = [path for path in (final, tmp_path / "model.old") if path.exists()]
-            assert (whole[0] / "content").read_text() in ("old", "new")
-        else:
-            assert (final / "content").read_text() == "new"
-            assert victim > 3
-            return
