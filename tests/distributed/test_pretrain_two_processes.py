@@ -69,15 +69,23 @@ class Finished:
 
 
 def train(
-    folder: Path, name: str, processes: int, negatives: str, micro_batch: int | None = None, sharded: bool = False
+    folder: Path,
+    name: str,
+    processes: int,
+    negatives: str,
+    micro_batch: int | None = None,
+    sharded: bool = False,
+    steps: int = STEPS,
+    batch: int | None = None,
 ) -> Finished:
     """Run the command on processes that share a batch, and with FSDP the model, too."""
+    batch = batch or (BATCH if negatives == "global" else BATCH // processes)
     settings = {
         **{"dataset": folder / "data", "output_dir": folder / name, "image_size": 16, "patch_size": 4},
         **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mask_ratio": 0.5},
-        **{"contrastive_batch_size": BATCH if negatives == "global" else BATCH // processes},
+        **{"contrastive_batch_size": batch},
         **{"epochs": 17, "warmup_epochs": 1, "base_lr": 0.02},
-        **{"max_steps": STEPS, "mixed_precision": "no", "logging_steps": 1, "report_to": "none"},
+        **{"max_steps": steps, "mixed_precision": "no", "logging_steps": 1, "report_to": "none"},
         **{"num_workers": 0, "shuffle_window": 8, "negatives": negatives, "knn_images": 50},
         **{"knn_epochs": 8, "online_probe": "true"},
         **({"per_device_micro_batch_size": micro_batch} if micro_batch else {}),
@@ -97,7 +105,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     folder = tmp_path_factory.mktemp("runs")
     write_shards(folder / "data", "train", UNEVEN)
     write_shards(folder / "data", "test", [31])
+    for processes, steps in ((2, 20), (1, 35)):  # within epochs of three batches
+        assert train(folder, "resumed", processes, "global", steps=steps).status == 0
     return {
+        "resumed": train(folder, "resumed", 2, "global"),
         "one": train(folder, "one", 1, "global"),
         "global": train(folder, "global", 2, "global"),
         "local": train(folder, "local", 2, "local"),
@@ -116,7 +127,7 @@ def test_the_command_comes_to_its_end(name: str, runs: dict[str, Finished]) -> N
     assert names == {"checkpoints", "metrics.jsonl", "model", "figures"}
 
 
-@pytest.mark.parametrize("name", ["global", "one, cached", "global, cached", "sharded, cached"])
+@pytest.mark.parametrize("name", ["global", "one, cached", "global, cached", "sharded, cached", "resumed"])
 def test_however_a_batch_is_shared_out_it_learns_the_same(name: str, runs: dict[str, Finished]) -> None:
     one, several = runs["one"], runs[name]
     assert len(one.column("loss")) == STEPS
@@ -130,6 +141,19 @@ def test_however_a_batch_is_shared_out_it_learns_the_same(name: str, runs: dict[
     # A key's bias does not change what attention gives: its gradient is rounding, which Adam blows up.
     for parameter in (name for name in some if not name.endswith("k_proj.bias")):
         torch.testing.assert_close(others[parameter], some[parameter], rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_on_two_processes_goes_on_with_one_and_with_two_again(runs: dict[str, Finished]) -> None:
+    """With the losses, as above, and no step left out or made twice."""
+    assert f"resuming from {runs['resumed'].folder}/checkpoints/step-000035" in runs["resumed"].printed
+    assert runs["resumed"].column("step") == list(range(1, STEPS + 1))
+
+
+def test_with_local_negatives_only_as_many_processes_go_on(runs: dict[str, Finished]) -> None:
+    refused = train(runs["local"].folder.parent, "local", 1, "local", steps=STEPS + 1, batch=BATCH // 2)
+    assert refused.status == 1
+    assert f"forward_images: {BATCH} → {BATCH // 2}). Go back to them and as many processes" in refused.complaints
+    assert len(runs["local"].column("loss")) == STEPS
 
 
 def test_local_negatives_learn_something_else(runs: dict[str, Finished]) -> None:
