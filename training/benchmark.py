@@ -1,13 +1,14 @@
-"""What a contrastive batch costs: `python -m training.benchmark --part memory`, and other parts.
+"""What a contrastive batch and resuming cost: `python -m training.benchmark --part memory`, and other parts.
 
 - memory: time and peak memory of a training step with the plain loss, with gradient checkpointing and with the cached
   loss at several micro-batches, for growing contrastive batches;
 - growth: time per image as the contrastive batch grows, and the share of the similarity matrix and the loss in it;
-- views: time of more views of the same number of patches each.
+- views: time of more views of the same number of patches each;
+- resume: time to the first batch where training resumes, at several places of data as large as ImageNet-1k.
 
-A step is forward, backward and optimiser; images are random, so nothing is read or decoded. Times are medians of
-interleaved repetitions. What memory means, `training/step_cost.py` tells. Each part prints a table and writes all
-numbers to `--output`. Nothing else should run on the machine.
+A step is forward, backward and optimiser; its images are random, so nothing is read or decoded. Times are medians of
+repetitions, those of steps interleaved. What memory means, `training/step_cost.py` tells. Each part prints a table and
+writes all numbers to `--output`. Nothing else should run on the machine.
 """
 
 import json
@@ -34,10 +35,11 @@ from training.batch_cost import (
 )
 from training.monitor import provenance
 from training.parser import parse_settings
+from training.resume_cost import ResumeSettings, measure_resume
 
 
 PROGRAM = "training.benchmark"
-Kind = TypeVar("Kind", bound=StepSettings)
+Kind = TypeVar("Kind", bound=StepSettings | ResumeSettings)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ PARTS: dict[str, Part[Any]] = {
         | {"time / first": ("time_ratio", ".2f"), "views / first": ("views_ratio", ".2f")}
         | TIME,
     ),
+    "resume": Part(
+        ResumeSettings,
+        measure_resume,
+        {"epochs done": ("epochs", ""), "seconds to the first batch": ("median_seconds", ".2f")}
+        | {"seconds to open the data": ("opening_seconds", ".2f")},
+    ),
 }
 
 
@@ -87,7 +95,7 @@ def markdown(columns: dict[str, tuple[str, str]], entries: list[Entry]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main(part: str, config: StepSettings) -> None:
+def main(part: str, config: StepSettings | ResumeSettings) -> None:
     """Measure, write and print."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if accelerator.num_processes > 1:
@@ -110,7 +118,7 @@ def main(part: str, config: StepSettings) -> None:
     print(markdown(PARTS[part].columns, entries))  # noqa: T201
 
 
-def parse(argv: Sequence[str]) -> tuple[str, StepSettings]:
+def parse(argv: Sequence[str]) -> tuple[str, StepSettings | ResumeSettings]:
     """The part and its settings; ends the program with status 2 if one of them is impossible."""
     parser = ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--part", choices=list(PARTS), required=True)

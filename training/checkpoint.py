@@ -1,52 +1,126 @@
-"""Resumable checkpoints, written so that a crash at any moment loses none, and the safe replacement of a folder."""
+"""Resumable checkpoints, written so that neither a crash at any moment nor a full disk loses one."""
 
 import hashlib
 import json
-import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from training.tensors import OPTIMIZER, Resumable, load_tensors, write_tensors
+from accelerate.utils import broadcast_object_list
+
+from training.disk import ADVICE, is_disk_full, synchronise, synchronise_folder
+from training.tensors import OPTIMIZER, Contents, Resumable, gather_state, load_tensors, write_files
 
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
 
-def save_checkpoint(run: Resumable, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step-N` with all processes together, and delete old ones.
+class NotSaved(RuntimeError):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
+class DiskFull(NotSaved):
+    """For want of space."""
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in a thread, one after the other.
+
+    Args:
+        folder: of all checkpoints.
+        keep: newest checkpoints to keep.
+        keep_every: also keep those whose step is a multiple of this; 0 for none.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.thread = ThreadPoolExecutor(1, "checkpoints")
+        self.writing: Future[NotSaved | None] | None = None
+
+    def begin(self, run: Resumable, step: int, state: dict[str, Any], copy: bool = True) -> None:
+        """Take the state of a run and begin to write `step-N`; all processes call it, and `finish` later.
+
+        Args:
+            run: whose state to save, and its processes.
+            step: optimiser steps done.
+            state: what else to restore, as JSON.
+            copy: whether training goes on before `finish`.
+        """
+        contents = gather_state(run, copy)
+        if run.accelerator.is_main_process:
+            contents[STATE] = json.dumps(state, indent=2)
+            self.writing = self.thread.submit(self._write, contents, step)
+        else:
+            self.writing = self.thread.submit(lambda: None)
+
+    def finish(self) -> None:
+        """Wait until what was begun is a checkpoint; all processes call it.
+
+        Raises:
+            NotSaved: on all of them, if it could not be written.
+        """
+        if self.writing is None:
+            return
+        writing, self.writing = self.writing, None
+        (failure,) = broadcast_object_list([writing.result()])
+        if failure is not None:
+            raise failure
+
+    def _write(self, contents: Contents, step: int) -> NotSaved | None:
+        try:
+            write_checkpoint(contents, self.folder, step, self.keep, self.keep_every)
+        except Exception as error:  # whatever it is, the other processes must not wait in vain
+            kind, advice = (DiskFull, f": {ADVICE}") if is_disk_full(error) else (NotSaved, "")
+            return kind(
+                f"The checkpoint of step {step} could not be written ({type(error).__name__}: {error}){advice}. "
+                f"Those before it in {self.folder} are good."
+            )
+        return None
+
+
+def save_checkpoint(
+    run: Resumable, folder: Path, step: int, state: dict[str, Any], keep: int, keep_every: int = 0
+) -> Path:
+    """Write `folder/step-N` with all processes together; see `CheckpointWriter`."""
+    writer = CheckpointWriter(folder, keep, keep_every)
+    writer.begin(run, step, state, copy=False)
+    writer.finish()
+    return _place(folder, step)
+
+
+def write_checkpoint(contents: Contents, folder: Path, step: int, keep: int, keep_every: int = 0) -> None:
+    """Write `folder/step-N`, and delete old ones.
 
     Everything is written beside its place, synchronised to disk and listed with checksums before one rename makes it
     a checkpoint; old ones are deleted only then.
 
     Args:
-        run: whose state to save, and its processes.
+        contents: of its files.
         folder: of all checkpoints.
         step: optimiser steps done.
-        state: what else to restore, as JSON.
         keep: newest checkpoints to keep.
+        keep_every: also keep those whose step is a multiple of this; 0 for none.
     """
-    accelerator = run.accelerator
-    final, unfinished = folder / f"step-{step:06d}", folder / f".tmp-step-{step:06d}"
-    if accelerator.is_main_process:
-        for leftover in folder.glob(".tmp-step-*"):
-            shutil.rmtree(leftover)
+    final, unfinished = _place(folder, step), folder / f".tmp-step-{step:06d}"
+    for leftover in folder.glob(".tmp-step-*"):
+        shutil.rmtree(leftover)
+    try:
         unfinished.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    write_tensors(run, unfinished)
-    if accelerator.is_main_process:
-        (unfinished / STATE).write_text(json.dumps(state, indent=2))
-        files = {str(path.relative_to(unfinished)): _digest(path) for path in unfinished.rglob("*") if path.is_file()}
+        write_files(contents, unfinished)
+        files = {name: _digest(unfinished / name) for name in contents}
         (unfinished / MANIFEST).write_text(json.dumps(files, indent=2))
-        _synchronise(unfinished)
+        synchronise(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
-        _synchronise_folder(folder)
-        for old in [path for path in _by_step(folder) if _step(path) <= step][:-keep]:
+    except Exception:
+        shutil.rmtree(unfinished, ignore_errors=True)  # gives back the space that was too little
+        raise
+    synchronise_folder(folder)
+    for old in [path for path in _by_step(folder) if _step(path) <= step][:-keep]:
+        if not keep_every or _step(old) % keep_every:
             shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
 
 
 def set_aside_later(folder: Path, step: int) -> Path | None:
@@ -56,14 +130,20 @@ def set_aside_later(folder: Path, step: int) -> Path | None:
         folder: of all checkpoints; `metrics.jsonl` is expected beside it.
         step: where the new run begins.
     """
-    if not folder.is_dir() or all(_step(path) <= step for path in _by_step(folder)):
+    later = [path for path in _by_step(folder) if _step(path) > step]
+    if not later:
         return None
     number = 1 + len(list(folder.parent.glob("before-*")))
     kept = folder.parent / f"before-{number}"
     kept.mkdir()
     if (folder.parent / "metrics.jsonl").exists():
         shutil.copy(folder.parent / "metrics.jsonl", kept)
-    folder.rename(kept / folder.name)
+    if len(later) == len(_by_step(folder)):
+        folder.rename(kept / folder.name)
+        return kept
+    (kept / folder.name).mkdir()
+    for path in later:  # only these: a crash before the next checkpoint needs the one that was loaded
+        path.rename(kept / folder.name / path.name)
     return kept
 
 
@@ -109,16 +189,8 @@ def load_checkpoint(run: Resumable, checkpoint: Path) -> None:
     load_tensors(run, checkpoint)
 
 
-def replace_folder(new: Path, final: Path) -> None:
-    """Put a finished folder in the place of another; in between, the old one is `final` + `.old`."""
-    _synchronise(new)
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
-    _synchronise_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _place(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
 
 
 def _by_step(folder: Path) -> list[Path]:
@@ -132,19 +204,3 @@ def _step(checkpoint: Path) -> int:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _synchronise(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _synchronise_folder(folder)
-
-
-def _synchronise_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

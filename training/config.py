@@ -86,6 +86,9 @@ class TrainingSettings(DataSettings):
     logging_steps: int = setting(10, "optimiser steps between entries of metrics.jsonl")
     save_steps: int = setting(1000, "optimiser steps between checkpoints")
     save_total_limit: int = setting(3, "newest checkpoints to keep")
+    keep_every_steps: int = setting(0, "also keep the checkpoints whose step is a multiple of this; 0 for none")
+    async_checkpoints: bool = setting(False, "write checkpoints while training goes on, from a copy in CPU memory")
+    on_full_disk: Literal["stop", "go_on"] = setting("stop", "when a checkpoint does not fit: end, or try the next")
     process_timeout: int = setting(1800, "seconds that a process waits for the others before it ends the run")
     resume: str = setting(
         "auto", "'auto' continues from the newest valid checkpoint if there is one, 'none', or a path"
@@ -101,6 +104,7 @@ class TrainingSettings(DataSettings):
         *("output_dir", "resume", "max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to"),
         *("num_workers", "max_bad_fraction", "gradient_checkpointing", "eval_split"),
         *("push_to_hub", "push_checkpoints", "push_private", "process_timeout"),
+        *("keep_every_steps", "async_checkpoints", "on_full_disk"),
     }
 
     def trackers(self) -> list[str]:
@@ -132,11 +136,17 @@ class TrainingSettings(DataSettings):
         super().validate()
         self._validate_at_least(1, "gradient_accumulation_steps", "epochs", "logging_steps")
         self._validate_at_least(1, "save_steps", "max_steps", "save_total_limit", "shuffle_window", "process_timeout")
+        self._validate_at_least(0, "keep_every_steps")
         self._validate_at_least(0, "warmup_epochs", "base_lr", "min_lr", "seed", "weight_decay", "max_grad_norm")
         self._validate_share("crop_min_scale", zero=False)
         self._validate_share("max_bad_fraction")
         if not self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}.")
+        if self.keep_every_steps % self.save_steps:
+            raise ValueError(
+                f"keep_every_steps={self.keep_every_steps} must be a multiple of save_steps={self.save_steps}, as "
+                "there are no other checkpoints."
+            )
         if self.push_to_hub is not None and not REPOSITORY.fullmatch(self.push_to_hub):
             raise ValueError(f"push_to_hub={self.push_to_hub!r} is no place on the Hub: write USER/NAME.")
         if (self.push_checkpoints or self.push_private) and self.push_to_hub is None:

@@ -7,7 +7,7 @@ import sys
 
 from training.augment import Augmentation
 from training.classifier_config import FinetuneConfig
-from training.log import Logger
+from training.log import Logger, end_trackers
 from training.loop import train
 from training.optim import layer_decay_optimizer
 from training.parser import parse_settings
@@ -79,7 +79,7 @@ def main(config: FinetuneConfig) -> None:
         uploads.wait()
         save_classifier(task, task.judged(), log, PROGRAM, task.protocol())
         uploads.send_final(run.folder / "model")
-        accelerator.end_training()
+        end_trackers(accelerator)
     else:
         log.say_stopped()
 

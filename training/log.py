@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.data import Batch
+from training.disk import without_stopping
 from training.run import Run, StopRequest
 
 
@@ -73,11 +76,20 @@ class MetricsLog:
         unfinished = path.with_name(f".tmp-{path.name}")
         unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         unfinished.replace(path)
+        self.waiting: list[str] = []
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append one entry; it must have a step."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        """Append one entry; it must have a step. While the disk is full, entries wait for the next to be written."""
+        self.waiting.append(json.dumps(entry) + "\n")
+        size = self.path.stat().st_size
+        with without_stopping(str(self.path)):
+            try:
+                with self.path.open("a") as file:
+                    file.writelines(self.waiting)
+            except OSError:
+                os.truncate(self.path, size)  # no half lines
+                raise
+            self.waiting.clear()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -89,6 +101,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return entries
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Have them write what they hold; all processes call it when the run has come to its end."""
+    with without_stopping("what trackers show"):
+        accelerator.end_training()
 
 
 class Logger:
@@ -125,7 +143,7 @@ class Logger:
         self.run.accelerator.print(
             f"Stopped at step {self.run.progress.step}, all saved: the same command continues from there."
         )
-        self.run.accelerator.end_training()
+        end_trackers(self.run.accelerator)
 
     def _restart(self) -> None:
         self.loss = torch.zeros((), device=self.run.accelerator.device)
@@ -192,7 +210,8 @@ class Logger:
     def _publish(self, entry: dict[str, Any]) -> None:
         if self.file:
             self.file.write(entry)
-        self.run.accelerator.log({k: v for k, v in entry.items() if v is not None}, step=entry["step"])
+        with without_stopping("what trackers show"):
+            self.run.accelerator.log({k: v for k, v in entry.items() if v is not None}, step=entry["step"])
         self.bar.set_postfix_str(
             ", ".join(f"{name.replace('_', ' ')} {entry[name]:{how}}" for name, how in SHOWN.items() if name in entry)
         )

@@ -101,7 +101,7 @@ def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
             run.averaged.update_parameters(run.unwrapped())
         stopping = log.write(task.metrics(output), grad_norm) if log_due else False
         if save_due or stopping:
-            save_run(run)
+            save_run(run, stopping)
         if stopping:
             return False
         if save_due and step < total_steps:

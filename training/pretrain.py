@@ -19,7 +19,7 @@ from training.data import Batch
 from training.features import encoder_features, normalize_pixels
 from training.figures import save_curves
 from training.images import Transform, random_resized_crop
-from training.log import CollapseAlarm, Logger, read_metrics
+from training.log import CollapseAlarm, Logger, end_trackers, read_metrics
 from training.loop import Task, train
 from training.micro_batch import find_micro_batch
 from training.monitor import batch_metrics, gigaflop_per_image
@@ -206,7 +206,7 @@ def finish(run: Run, config: PretrainConfig, log: Logger, eval_source: ImageSour
         save_curves(run.folder / "figures" / "curves.png", read_metrics(run.folder / "metrics.jsonl"))
     accelerator.print(f"model: {folder}, figures: {run.folder / 'figures'}")
     uploads.send_final(folder)
-    accelerator.end_training()
+    end_trackers(accelerator)
 
 
 def main(config: PretrainConfig) -> None:

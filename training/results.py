@@ -17,9 +17,9 @@ from transformers.image_utils import PILImageResampling
 from modeling_micl import MiclConfig, MiclForPreTraining
 from modeling_micl.configuration_micl import height_and_width
 from modeling_micl.remote_code import add_remote_code
-from training.checkpoint import replace_folder
 from training.config import DataSettings, PretrainConfig
 from training.data import Batch, EvaluationImages, batches
+from training.disk import ADVICE, is_disk_full, replace_folder
 from training.features import (
     BASELINES,
     CENTRED_PIXELS,
@@ -83,14 +83,25 @@ def save_model(
         folder: where to; what is there is replaced.
         training: how the model came about, see `training_facts`.
         normalization: of the pixels that it was trained on.
+
+    Raises:
+        RuntimeError: if the disk is full; what was there before is untouched.
     """
     unfinished = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    add_remote_code(unfinished)
-    image_processor(model.config, normalization).save_pretrained(unfinished)
-    _write_evaluation(unfinished, {"training": training, "results": []})
-    replace_folder(unfinished, folder)
+    try:
+        model.save_pretrained(unfinished)
+        add_remote_code(unfinished)
+        image_processor(model.config, normalization).save_pretrained(unfinished)
+        _write_evaluation(unfinished, {"training": training, "results": []})
+        replace_folder(unfinished, folder)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RuntimeError(
+            f"The model could not be written to {folder} ({error}): {ADVICE}, and run the same command again."
+        ) from error
 
 
 def training_facts(run: Run, program: str, **more: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A training run: what follows from its settings, how far it is, and how it is saved, resumed and interrupted."""
 
 import signal
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining
 from training.checkpoint import (
+    CheckpointWriter,
+    DiskFull,
     find_defect,
     load_checkpoint,
     newest_checkpoint,
     read_state,
-    save_checkpoint,
     set_aside_later,
 )
 from training.config import TrainingSettings
+from training.disk import put_back
 from training.optim import learning_rate, scaled_learning_rate
 from training.source import ImageSource
 from training.tensors import whole_tensors
@@ -121,6 +124,10 @@ class Run:
     averaged: AveragedModel | None = None
     progress: Progress = field(default_factory=Progress)
 
+    def __post_init__(self) -> None:
+        keep, keep_every = self.config.save_total_limit, self.config.keep_every_steps
+        self.writer = CheckpointWriter(self.folder / "checkpoints", keep, keep_every)
+
     @classmethod
     def start(
         cls,
@@ -199,8 +206,17 @@ class Run:
         return model
 
 
-def save_run(run: Run) -> None:
-    """Write a resumable checkpoint."""
+def save_run(run: Run, stopping: bool = False) -> None:
+    """Write a resumable checkpoint; with `async_checkpoints` while training goes on, if it does.
+
+    Args:
+        run: what to save.
+        stopping: whether the run ends before its last step, and all depends on this checkpoint.
+
+    Raises:
+        NotSaved: on all processes, if this one or the one before could not be written; not for a full disk where the
+            run is to go on.
+    """
     state = {
         "progress": asdict(run.progress),
         "config": run.config.to_dict(),
@@ -208,7 +224,20 @@ def save_run(run: Run) -> None:
         "forward_images": run.plan.forward_images,
         "contrasted_images": run.plan.contrasted_images,
     }
-    save_checkpoint(run, run.folder / "checkpoints", run.progress.step, state, keep=run.config.save_total_limit)
+    in_background = run.config.async_checkpoints and not stopping and run.progress.step < run.plan.total_steps
+    _finish_saving(run)
+    run.writer.begin(run, run.progress.step, state, copy=in_background)
+    if not in_background:
+        _finish_saving(run, stopping)
+
+
+def _finish_saving(run: Run, stopping: bool = False) -> None:
+    try:
+        run.writer.finish()
+    except DiskFull as error:
+        if stopping or run.config.on_full_disk == "stop":
+            raise
+        run.accelerator.print(f"WARNING: {error} The run goes on without.", file=sys.stderr)
 
 
 def resume_run(run: Run) -> None:
@@ -230,8 +259,10 @@ def resume_run(run: Run) -> None:
     if checkpoint is not None:
         _restore(run, checkpoint)
     run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process and (kept := set_aside_later(folder, run.progress.step)):
-        run.accelerator.print(f"checkpoints of an earlier run are kept in {kept}")
+    if run.accelerator.is_main_process:
+        put_back(run.folder / "model")
+        if kept := set_aside_later(folder, run.progress.step):
+            run.accelerator.print(f"later checkpoints, of an earlier run or damaged, are kept in {kept}")
     run.accelerator.wait_for_everyone()
 
 
@@ -250,7 +281,8 @@ def _restore(run: Run, checkpoint: Path) -> None:
     if differing:
         changes = ", ".join(f"{key}: {then.get(key)!r} → {now[key]!r}" for key in differing)
         raise ValueError(
-            f"{checkpoint} was trained with other settings ({changes}). Go back to them, or start anew with another "
+            f"{checkpoint} was trained with other settings ({changes}). Go back to them"
+            f"{' and as many processes' if 'forward_images' in differing else ''}, or start anew with another "
             "--output_dir or --resume none."
         )
     load_checkpoint(run, checkpoint)

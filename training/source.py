@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import datasets
 import fsspec
 import numpy as np
-import pyarrow.parquet as pq
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from httpx2 import HTTPError
 from huggingface_hub.errors import HFValidationError
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from modeling_micl.hub_access import reason, why_unreadable
 from training.config import DataSettings
 from training.photos import photo_crops
+from training.row_groups import read_row_groups, rows_between
 
 
 Row = dict[str, Any]
@@ -44,6 +43,7 @@ class ImageSource:
         fingerprint: changes when files, row counts or columns change; on the Hub also when the files' content does.
         version: changes also when a file is written anew or the Hub has a new commit.
         files: the Parquet files behind the shards, None if they are something else.
+        row_groups: rows of each of these files' row groups.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -56,6 +56,7 @@ class ImageSource:
     fingerprint: str
     version: str
     files: list[str] | None = None
+    row_groups: list[list[int]] | None = None
 
     @property
     def num_images(self) -> int:
@@ -74,11 +75,13 @@ class ImageSource:
             RuntimeError: if they cannot be read, for a stream after many attempts over several minutes.
         """
         assert isinstance(self.rows, datasets.IterableDataset)
-        rows = self.rows.shard(num_shards=len(self.lengths), index=shard).skip(start).take(stop - start)
+        rows = self.rows.shard(num_shards=len(self.lengths), index=shard)
+        row_groups = self.row_groups[shard] if self.row_groups else [self.lengths[shard]]
         # Read in batches because a plain loop in a DataLoader's worker would give it only a part of the rows.
         try:
-            for batch in rows.iter(batch_size=16):
-                yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+            for part in rows_between(rows, row_groups, start, stop):
+                for batch in part.iter(batch_size=16):
+                    yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         except (OSError, HTTPError) as error:
             raise RuntimeError(
                 f"Shard {shard} of the split {self.split!r} cannot be read any more ({reason(error)}). Run the same "
@@ -156,13 +159,14 @@ def open_source(
     if max_images is not None and isinstance(rows, datasets.Dataset):
         kept = min(max_images, len(rows))
         rows = rows.select([number * len(rows) // kept for number in range(kept)])
-    files = _files_of(builder, split)
+    files, row_groups = _files_of(builder, split), None
     parquet = bool(files) and all(file.endswith(".parquet") for file in files)
     if isinstance(rows, datasets.Dataset):
         lengths = [len(rows)]
     else:
         parquet = parquet and len(files) == rows.num_shards
-        lengths = _parquet_lengths(files) if parquet else _count_rows(rows)
+        row_groups = read_row_groups(files) if parquet else None
+        lengths = [sum(groups) for groups in row_groups] if row_groups else _count_rows(rows)
     if max_images is not None:
         lengths = first_rows(lengths, max_images)
     if sum(lengths) == 0:
@@ -180,6 +184,7 @@ def open_source(
         fingerprint=fingerprint,
         version=_digest([fingerprint, origin]),
         files=files if parquet else None,
+        row_groups=row_groups,
     )
 
 
@@ -276,21 +281,10 @@ def _label_column(features: datasets.Features, asked: str | None) -> str | None:
     return labels[0] if len(labels) == 1 else None
 
 
-def _parquet_lengths(files: Sequence[str]) -> list[int]:
-    """Rows of every file, from the footers."""
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(_parquet_rows, files))
-
-
 def _count_rows(rows: datasets.IterableDataset) -> list[int]:
     """Rows of every shard, by reading through all of them once."""
     shards = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
     return [sum(1 for _ in shard) for shard in shards]
-
-
-def _parquet_rows(file: str) -> int:
-    with fsspec.open(file, "rb") as opened:
-        return int(pq.read_metadata(opened).num_rows)
 
 
 def first_rows(lengths: list[int], max_images: int) -> list[int]:

@@ -27,6 +27,8 @@ AVERAGED = "averaged.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 OPTIMIZER_SETTINGS = "optimizer.json"
 
+Contents = dict[str, dict[str, Tensor] | str]  # tensors or text of each file
+
 
 class Resumable(Protocol):
     """What has the state; a `Run` is one.
@@ -44,26 +46,45 @@ class Resumable(Protocol):
     averaged: AveragedModel | None
 
 
-def write_tensors(run: Resumable, folder: Path) -> None:
-    """Write the model, its average, the optimiser and the loss scaler; all processes call it, the main one writes."""
+def gather_state(run: Resumable, copy: bool = False) -> Contents:
+    """What a checkpoint holds, by file; all processes call it, and only the main one gets it.
+
+    Args:
+        run: whose state.
+        copy: whether training goes on before it is written.
+    """
     accelerator = run.accelerator
-    _write(accelerator, _bare(run).state_dict(), folder / MODEL)
+    tensors = {MODEL: _bare(run).state_dict()}
     if run.averaged is not None:
-        _write(accelerator, run.averaged.state_dict(), folder / AVERAGED)
-    state = {
+        tensors[AVERAGED] = run.averaged.state_dict()
+    tensors[OPTIMIZER] = {
         f"{name}.{key}": tensor
         for name, parameter in _trained(run).items()
         for key, tensor in run.optimizer.state.get(parameter, {}).items()  # there is none before the first step
     }
-    _write(accelerator, state, folder / OPTIMIZER)
-    if accelerator.is_main_process:
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        settings = {"param_groups": _named_groups(run), "scaler": scaler}
-        (folder / OPTIMIZER_SETTINGS).write_text(json.dumps(settings, indent=2))
+    contents: Contents = {}
+    for file, parts in tensors.items():
+        whole = {}
+        for name, tensor in whole_tensors(parts):
+            if accelerator.is_main_process:
+                whole[name] = tensor.to("cpu", copy=copy).contiguous()
+        contents[file] = whole
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    contents[OPTIMIZER_SETTINGS] = json.dumps({"param_groups": _named_groups(run), "scaler": scaler}, indent=2)
+    return contents if accelerator.is_main_process else {}
+
+
+def write_files(contents: Contents, folder: Path) -> None:
+    """Write what `gather_state` gave."""
+    for name, content in contents.items():
+        if isinstance(content, str):
+            (folder / name).write_text(content)
+        else:
+            save_file(content, folder / name)
 
 
 def load_tensors(run: Resumable, folder: Path) -> None:
-    """Restore what `write_tensors` wrote; all processes call it, and each reads the files.
+    """Restore what `write_files` wrote; all processes call it, and each reads the files.
 
     Raises:
         ValueError: if it is of another model or optimiser, naming what is missing and what is not expected.
@@ -104,15 +125,6 @@ def load_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load whole tensors into a model, of which each process may hold only a part."""
     own = model.state_dict()
     model.load_state_dict({name: _own_part(tensor, own[name]) for name, tensor in tensors.items()})
-
-
-def _write(accelerator: Accelerator, tensors: dict[str, Tensor], file: Path) -> None:
-    whole = {}
-    for name, tensor in whole_tensors(tensors):
-        if accelerator.is_main_process:
-            whole[name] = tensor.cpu().contiguous()
-    if accelerator.is_main_process:
-        save_file(whole, file)
 
 
 def _load_model(model: nn.Module, file: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from assassin import fill_disk
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_micl import MiclConfig, MiclForPreTraining
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import DiskFull, load_checkpoint, save_checkpoint
 from training.optim import build_optimizer
 
 
@@ -88,6 +89,19 @@ def main(folder: Path) -> None:
     for action in (train_and_save, load_and_go_on):
         for kind in ("copies", "halves"):
             action(accelerator, kind, folder)
+            learn_of_a_full_disk(accelerator, kind, folder)
+
+
+def learn_of_a_full_disk(accelerator: Accelerator, kind: str, folder: Path) -> None:
+    """Only the first process writes, but none may go on as if it had."""
+    run = build(accelerator, kind, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        if accelerator.is_main_process:
+            fill_disk(patch, "model.safetensors")
+        with pytest.raises(DiskFull, match="step 2 could not be written"):
+            save(run, folder, kind, "refused")
+    accelerator.wait_for_everyone()  # they agree on what comes next
+    assert list((folder / f"{kind}-refused").iterdir()) == []
 
 
 @pytest.fixture(scope="module")

@@ -66,15 +66,22 @@ class Finished:
 
 
 def command(
-    folder: Path, processes: int, negatives: str, micro_batch: int | None = None, sharded: bool = False
+    folder: Path,
+    processes: int,
+    negatives: str,
+    micro_batch: int | None = None,
+    sharded: bool = False,
+    steps: int = STEPS,
+    batch: int | None = None,
 ) -> tuple[str, dict[str, object]]:
     """Train on processes that share a batch, and with FSDP the model, too."""
+    batch = batch or (BATCH if negatives == "global" else BATCH // processes)
     settings: dict[str, object] = {
         **{"dataset": folder.parent / "data", "output_dir": folder, "image_size": 16, "patch_size": 4},
         **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mask_ratio": 0.5},
-        **{"contrastive_batch_size": BATCH if negatives == "global" else BATCH // processes},
+        **{"contrastive_batch_size": batch},
         **{"epochs": 17, "warmup_epochs": 1, "base_lr": 0.02},
-        **{"max_steps": STEPS, "mixed_precision": "no", "logging_steps": 1, "report_to": "none"},
+        **{"max_steps": steps, "mixed_precision": "no", "logging_steps": 1, "report_to": "none"},
         **{"num_workers": 0, "shuffle_window": 8, "negatives": negatives, "knn_images": 50},
         **{"knn_epochs": 8, "online_probe": "true"},
         **({"per_device_micro_batch_size": micro_batch} if micro_batch else {}),
@@ -88,20 +95,32 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     folder = tmp_path_factory.mktemp("runs")
     write_shards(folder / "data", "train", UNEVEN)
     write_shards(folder / "data", "test", [31])
-    alone = {
-        "one": command(folder / "one", 1, "global"),
-        "one, cached": command(folder / "one, cached", 1, "global", 8),
-    }
-    together = {
-        "global": command(folder / "global", 2, "global"),
-        "local": command(folder / "local", 2, "local"),
-        "global, cached": command(folder / "global, cached", 2, "global", 4),
-        # The last one, as it stays sharded.
-        "sharded, cached": command(folder / "sharded, cached", 2, "global", 4, sharded=True),
-    }
+    resumed = folder / "resumed"
+    launches: list[tuple[int, dict[str, tuple[str, dict[str, object]]]]] = [
+        (2, {"resumed": command(resumed, 2, "global", steps=20)}),  # within an epoch of three batches, as the next
+        (
+            1,
+            {
+                "one": command(folder / "one", 1, "global"),
+                "one, cached": command(folder / "one, cached", 1, "global", 8),
+                "resumed": command(resumed, 1, "global", steps=35),
+            },
+        ),
+        (
+            2,
+            {
+                "resumed": command(resumed, 2, "global"),
+                "global": command(folder / "global", 2, "global"),
+                "local": command(folder / "local", 2, "local"),
+                "global, cached": command(folder / "global, cached", 2, "global", 4),
+                # The last one, as it stays sharded.
+                "sharded, cached": command(folder / "sharded, cached", 2, "global", 4, sharded=True),
+            },
+        ),
+    ]
     finished = {}
-    for processes, commands in ((1, alone), (2, together)):
-        done = run_commands(folder / f"{processes}", list(commands.values()), processes)
+    for number, (processes, commands) in enumerate(launches):
+        done = run_commands(folder / f"launch-{number}", list(commands.values()), processes)
         for name, printed in zip(commands, done.printed, strict=True):
             finished[name] = Finished(folder / name, done.status, printed, done.complaints)
     return finished
@@ -116,7 +135,7 @@ def test_the_command_comes_to_its_end(name: str, runs: dict[str, Finished]) -> N
     assert names == {"checkpoints", "metrics.jsonl", "model", "figures"}
 
 
-@pytest.mark.parametrize("name", ["global", "one, cached", "global, cached", "sharded, cached"])
+@pytest.mark.parametrize("name", ["global", "one, cached", "global, cached", "sharded, cached", "resumed"])
 def test_however_a_batch_is_shared_out_it_learns_the_same(name: str, runs: dict[str, Finished]) -> None:
     one, several = runs["one"], runs[name]
     assert len(one.column("loss")) == STEPS
@@ -130,6 +149,22 @@ def test_however_a_batch_is_shared_out_it_learns_the_same(name: str, runs: dict[
     # A key's bias does not change what attention gives: its gradient is rounding, which Adam blows up.
     for parameter in (name for name in some if not name.endswith("k_proj.bias")):
         torch.testing.assert_close(others[parameter], some[parameter], rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_on_two_processes_goes_on_with_one_and_with_two_again(runs: dict[str, Finished]) -> None:
+    """With the losses, as above, and no step left out or made twice."""
+    assert f"resuming from {runs['resumed'].folder}/checkpoints/step-000035" in runs["resumed"].printed
+    assert runs["resumed"].column("step") == list(range(1, STEPS + 1))
+
+
+def test_with_local_negatives_only_as_many_processes_go_on(runs: dict[str, Finished]) -> None:
+    folder = runs["local"].folder
+    refused = run_commands(
+        folder.parent / "refused", [command(folder, 1, "local", steps=STEPS + 1, batch=BATCH // 2)], 1
+    )
+    assert refused.status == 1
+    assert f"forward_images: {BATCH} → {BATCH // 2}). Go back to them and as many processes" in refused.complaints
+    assert len(runs["local"].column("loss")) == STEPS
 
 
 def test_local_negatives_learn_something_else(runs: dict[str, Finished]) -> None:

@@ -1,36 +1,35 @@
 """Checkpoints: whatever happens while one is written, the one before it is found again."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from assassin import Assassin, Killed, fill_disk, truncate
 from torch import nn
 
 from training import checkpoint as checkpoint_module
-from training import tensors
 from training.checkpoint import (
+    CheckpointWriter,
+    DiskFull,
+    NotSaved,
     find_defect,
     load_checkpoint,
     newest_checkpoint,
     read_state,
-    replace_folder,
     save_checkpoint,
     set_aside_later,
 )
+from training.tensors import gather_state, write_files
 
 
 FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json")
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
 
 
 @pytest.fixture
@@ -97,6 +96,13 @@ def test_the_newest_are_kept(save: Callable[..., Path], tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 100
 
 
+def test_every_kth_is_kept_beside_the_newest(run: SimpleNamespace, tmp_path: Path) -> None:
+    for step in range(2, 27, 2):
+        save_checkpoint(run, tmp_path, step, {"step": step}, keep=2, keep_every=10)
+    assert steps(tmp_path) == [10, 20, 24, 26]
+    assert all(find_defect(tmp_path / f"step-{step:06d}") is None for step in (10, 20))
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_the_newest_are_kept_beyond_a_million_steps(keep: int, save: Callable[..., Path], tmp_path: Path) -> None:
     save(999_999, keep)
@@ -123,6 +129,22 @@ def test_what_a_new_run_goes_back_behind_is_set_aside_whole(save: Callable[..., 
     assert not folder.exists()
 
 
+def test_what_a_run_goes_on_from_stays_when_later_ones_are_set_aside(
+    save: Callable[..., Path], tmp_path: Path
+) -> None:
+    """If it is stopped before it saves again, the same command must find that once more."""
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (800, 900, 1000):
+        shutil.copytree(save(step), folder / f"step-{step:06d}")
+    truncate(folder / "step-001000" / "model.safetensors")
+    found, _ = newest_checkpoint(folder)
+    kept = set_aside_later(folder, 900)
+    assert kept is not None
+    assert steps(kept / "checkpoints") == [1000]
+    assert newest_checkpoint(folder) == (found, [])
+    assert set_aside_later(folder, 900) is None
+
+
 def test_a_step_can_be_saved_again(save: Callable[..., Path], tmp_path: Path) -> None:
     save(3)
     save(3)
@@ -131,10 +153,6 @@ def test_a_step_can_be_saved_again(save: Callable[..., Path], tmp_path: Path) ->
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "checkpoints") == (None, [])
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
 
 
 def flip_a_bit(path: Path) -> None:
@@ -176,40 +194,6 @@ def test_if_all_are_harmed_all_reasons_are_given(save: Callable[..., Path], tmp_
 def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step-000001").mkdir()
     assert newest_checkpoint(tmp_path)[0] is None
-
-
-class Assassin:
-    """Kills at the n-th operation on files: before it, half-way through it, or after it."""
-
-    WATCHED = (
-        *((os, "fsync"), (shutil, "rmtree"), (tensors, "save_file")),
-        *((Path, name) for name in ("mkdir", "write_text", "rename", "open")),
-    )
-
-    def __init__(self, moment: str) -> None:
-        self.moment, self.operations, self.victim = moment, 0, -1
-
-    def watch(self, patch: pytest.MonkeyPatch) -> None:
-        for owner, name in self.WATCHED:
-            patch.setattr(owner, name, self.guarded(name, getattr(owner, name)))
-
-    def guarded(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            self.operations += 1
-            if self.operations - 1 != self.victim:
-                return operation(*args, **kwargs)
-            if self.moment == "after":
-                operation(*args, **kwargs)
-            elif self.moment == "half-way" and name == "rmtree" and Path(args[0]).exists():
-                next(path for path in sorted(Path(args[0]).rglob("*")) if path.is_file()).unlink()
-            elif self.moment == "half-way" and name == "write_text":
-                operation(args[0], args[1][: len(args[1]) // 2])
-            elif self.moment == "half-way" and name == "save_file":
-                operation(*args, **kwargs)
-                truncate(args[1])
-            raise Killed
-
-        return guarded
 
 
 def survives_every_death(
@@ -271,7 +255,7 @@ def test_writing_in_place_would_be_noticed(
     def save(step: int, keep: int = 9) -> Path:
         folder = tmp_path / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        tensors.write_tensors(run, folder)
+        write_files(gather_state(run), folder)
         (folder / "state.json").write_text(json.dumps({"step": step}))
         return folder
 
@@ -280,37 +264,74 @@ def test_writing_in_place_would_be_noticed(
         survives_every_death(save, tmp_path, "half-way", 9, monkeypatch)
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    new, final = tmp_path / ".tmp-model", tmp_path / "model"
-    for content in ("first", "second"):
-        new.mkdir()
-        (new / f"{content}.txt").write_text(content)
-        replace_folder(new, final)
-        assert [path.name for path in tmp_path.iterdir()] == ["model"]
-        assert [path.name for path in final.iterdir()] == [f"{content}.txt"]
-
-
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_death_while_replacing_a_folder_leaves_the_old_or_the_new_one(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_a_full_disk_leaves_the_checkpoints_before_it_and_nothing_else(
+    name: str, save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new, final = tmp_path / ".tmp-model", tmp_path / "model"
-    for victim in range(50):
-        for folder, content in ((final, "old"), (new, "new")):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            (folder / "content").write_text(content)
-        shutil.rmtree(tmp_path / "model.old", ignore_errors=True)
-        assassin = Assassin(moment)
-        try:
-            with monkeypatch.context() as patch:
-                assassin.watch(patch)
-                assassin.victim = victim
-                replace_folder(new, final)
-        except Killed:
-            whole = [path for path in (final, tmp_path / "model.old") if path.exists()]
-            assert (whole[0] / "content").read_text() in ("old", "new")
-        else:
-            assert (final / "content").read_text() == "new"
-            assert victim > 3
-            return
+    save(1, keep=1)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, name)
+        with pytest.raises(DiskFull, match=r"step 2 could not be written .*No space left.*save_total_limit"):
+            save(2, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert newest_step(tmp_path) == 1
+    save(3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_another_trouble_is_not_taken_for_a_full_disk(
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not allowed")
+
+    monkeypatch.setattr(checkpoint_module, "write_files", refuse)
+    with pytest.raises(NotSaved, match="PermissionError: not allowed") as error:
+        save(1)
+    assert not isinstance(error.value, DiskFull)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
+    """Nothing is written before this is set."""
+    free, write = Event(), checkpoint_module.write_files
+
+    def wait_and_write(*args: Any) -> None:
+        assert free.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(checkpoint_module, "write_files", wait_and_write)
+    yield free
+    free.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    run: SimpleNamespace, slow_disk: Event, tmp_path: Path
+) -> None:
+    writer = CheckpointWriter(tmp_path, keep=9)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    momentum = run.optimizer.state[run.model.bias]["exp_avg"].clone()
+    writer.begin(run, 1, {"step": 1})
+    run.model(torch.ones(1, 3)).sum().backward()
+    run.optimizer.step()
+    assert not torch.equal(run.model.bias, before["bias"])
+    assert newest_checkpoint(tmp_path) == (None, [])
+    slow_disk.set()
+    writer.finish()
+    writer.finish()
+    load_checkpoint(run, tmp_path / "step-000001")
+    assert newest_step(tmp_path) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+    assert torch.equal(run.optimizer.state[run.model.bias]["exp_avg"], momentum)
+
+
+def test_a_failure_in_the_background_comes_out_at_the_end(
+    run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk(monkeypatch, "model.safetensors")
+    writer = CheckpointWriter(tmp_path, keep=9)
+    writer.begin(run, 1, {})
+    with pytest.raises(DiskFull, match="step 1"):
+        writer.finish()
+    writer.finish()

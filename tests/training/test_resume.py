@@ -51,6 +51,7 @@ def run_in_two_parts(
         {"streaming": False},
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
         {"num_workers": 1},
+        {"save_steps": 1, "async_checkpoints": True},
     ],
     ids=str,
 )
@@ -157,6 +158,7 @@ def test_what_does_not_change_the_course_may_change_on_resuming(
     finished_run: Path, settings: Settings, run_pretraining: Train
 ) -> None:
     change = {"num_workers": 1, "save_steps": 2, "logging_steps": 2, "gradient_checkpointing": True}
+    change |= {"keep_every_steps": 4, "async_checkpoints": True, "on_full_disk": "go_on"}
     run_pretraining(settings(max_steps=5, max_bad_fraction=0.5, knn_images=5, **change))
     assert saved_steps(finished_run) == [3, 4, 5]
 

@@ -25,7 +25,7 @@ from training.checkpoint import find_defect, newest_checkpoint
 from training.config import PretrainConfig
 from training.linear_probe import with_batch_norm
 from training.optim import build_optimizer, lars_optimizer, layer_decay_optimizer, set_learning_rate
-from training.tensors import load_tensors, write_tensors
+from training.tensors import gather_state, load_tensors, write_files
 
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +95,7 @@ def test_all_comes_back_bit_for_bit_and_so_does_the_next_step(
     run, other = build(program), build(program, seed=1)
     train(run, steps)
     before = state(run)
-    write_tensors(run, tmp_path)
+    write_files(gather_state(run), tmp_path)
     assert_same(state(run), before)
     train(other, 5)
     load_tensors(other, tmp_path)
@@ -109,7 +109,7 @@ def test_all_comes_back_bit_for_bit_and_so_does_the_next_step(
 def test_what_the_optimizers_hold_is_stored_by_name(build: Build, tmp_path: Path) -> None:
     run = build("finetune")
     train(run, 2)
-    write_tensors(run, tmp_path)
+    write_files(gather_state(run), tmp_path)
     groups = json.loads((tmp_path / "optimizer.json").read_text())["param_groups"]
     trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     assert {name for group in groups for name in group["params"]} == trained
@@ -119,7 +119,7 @@ def test_what_the_optimizers_hold_is_stored_by_name(build: Build, tmp_path: Path
     assert optimizer.keys() == {f"{name}.{key}" for name in trained for key in ("step", "exp_avg", "exp_avg_sq")}
     probe = build("probe")
     train(probe, 2)
-    write_tensors(probe, tmp_path)
+    write_files(gather_state(probe), tmp_path)
     assert load_file(tmp_path / "optimizer.safetensors").keys() == {
         f"classifier.{name}.momentum_buffer" for name in ("weight", "bias")
     }
@@ -128,7 +128,7 @@ def test_what_the_optimizers_hold_is_stored_by_name(build: Build, tmp_path: Path
 
 def test_weights_have_the_names_of_a_portable_folder(build: Build, tmp_path: Path) -> None:
     run = build("pretrain")
-    write_tensors(run, tmp_path)
+    write_files(gather_state(run), tmp_path)
     run.model.save_pretrained(tmp_path / "portable")
     assert_same(weights(tmp_path), weights(tmp_path / "portable"))
 
@@ -138,7 +138,7 @@ def test_the_loss_scale_comes_back(build: Build, tmp_path: Path) -> None:
     run.accelerator.scaler, other.accelerator.scaler = (torch.amp.GradScaler("cpu") for _ in range(2))
     expected = run.accelerator.scaler.state_dict() | {"scale": 2**16 / 3, "_growth_tracker": 5}
     run.accelerator.scaler.load_state_dict(expected)
-    write_tensors(run, tmp_path)
+    write_files(gather_state(run), tmp_path)
     load_tensors(other, tmp_path)
     assert other.accelerator.scaler.state_dict() == expected
 
@@ -147,7 +147,7 @@ def test_what_is_loaded_does_not_need_the_files_any_more(build: Build, tmp_path:
     """Files are mapped into memory rather than read."""
     run = build("finetune")
     train(run)
-    write_tensors(run, tmp_path)
+    write_files(gather_state(run), tmp_path)
     before = state(run)
     load_tensors(run, tmp_path)
     for name in FILES:
@@ -162,7 +162,7 @@ def test_what_is_loaded_does_not_need_the_files_any_more(build: Build, tmp_path:
 def test_other_names_are_refused(file: str, change: str, build: Build, tmp_path: Path) -> None:
     run = build("finetune")
     train(run)
-    write_tensors(run, tmp_path)
+    write_files(gather_state(run), tmp_path)
     path = tmp_path / f"{file}.safetensors"
     stored = load_file(path)
     name = next(name for name in stored if "classifier.bias" in name)
@@ -181,7 +181,7 @@ def test_other_names_are_refused(file: str, change: str, build: Build, tmp_path:
 def test_other_groups_are_refused(build: Build, tmp_path: Path) -> None:
     run = build("finetune")
     train(run)
-    write_tensors(run, tmp_path)
+    write_files(gather_state(run), tmp_path)
     run.optimizer.optimizer = build_optimizer(run.model, 0.05, (0.9, 0.95))
     with pytest.raises(
         ValueError, match=r"missing \['classifier.bias \(group 1\)'.*not expected \['classifier.bias \(g"
