@@ -27,6 +27,7 @@ from training.photos import photo_crops
 Row = dict[str, Any]
 DEMONSTRATION = "photos"
 _SPLIT_WORDS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+_HIDDEN = re.compile(r"(^|/)(\.|__)")  # files and folders that the library passes over
 
 
 @dataclass
@@ -232,7 +233,8 @@ def _check_none_left_out(folder: Path, builder: datasets.DatasetBuilder) -> None
     if any(path.is_dir() for group in groups for path in group.iterdir()):
         return  # folders of splits that hold folders of classes
     used = {Path(file) for files in (builder.config.data_files or {}).values() for file in files}
-    images = {path.resolve() for path in folder.rglob("*") if _is_image_file(path.relative_to(folder), path)}
+    found = (path for path in folder.rglob("*.*") if not _HIDDEN.search(str(path.relative_to(folder))))
+    images = {path.resolve() for path in found if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file()}
     left_out = sorted(images - {path.resolve() for path in used})
     if left_out and used:
         example = next(iter(used)).relative_to(folder)
@@ -241,12 +243,6 @@ def _check_none_left_out(folder: Path, builder: datasets.DatasetBuilder) -> None
             f"{left_out[0].name}, because a word in names as {example} is taken for the name of a split: move "
             f"everything into {folder / 'train'}, or rename."
         )
-
-
-def _is_image_file(inside: Path, path: Path) -> bool:
-    """Whether the library would take the file: it passes over folders, links to nowhere and hidden files."""
-    hidden = any(part.startswith((".", "__")) for part in inside.parts)
-    return path.suffix.lower() in ImageFolder.EXTENSIONS and not hidden and path.is_file()
 
 
 def _words(name: str) -> list[str]:
