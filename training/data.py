@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from training.images import Pixels, Transform, decode_rgb, to_pixels
+from training.skipped import SkippedImage, skipped_image
 from training.source import ImageSource, Row, first_rows
 
 
@@ -44,13 +45,13 @@ class Batch:
         pixels: (n, H, W, 3) uint8.
         labels: (n,) int64, -1 where there is none.
         index: (n,) int64, the images' numbers in the data.
-        broken: "image: reason" of each image that could not be decoded.
+        broken: each image that could not be decoded.
     """
 
     pixels: Tensor
     labels: Tensor
     index: Tensor
-    broken: list[str]
+    broken: list[SkippedImage]
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device, without waiting where memory is pinned."""
@@ -177,7 +178,7 @@ class TrainingBatches(IterableDataset[Batch]):
 
     def _decode(self, draws: list[Draw], epoch: int) -> Batch:
         source = self.order.source
-        broken: list[str] = []
+        broken: list[SkippedImage] = []
         images = []
         for draw in draws:
             for attempt in range(MAX_STAND_INS):
@@ -186,7 +187,7 @@ class TrainingBatches(IterableDataset[Batch]):
                     image = decode_rgb(source.image_of(row))
                 except Exception as error:  # Pillow's plugins raise nearly anything
                     if attempt == 0:
-                        broken.append(_describe(source, index, row, error))
+                        broken.append(skipped_image(source, index, row, error))
                     continue
                 rng = np.random.default_rng((self.order.seed, epoch, index, attempt))
                 images.append((to_pixels(self.transform(image, rng)), source.label_of(row), index))
@@ -245,7 +246,7 @@ def decode(source: ImageSource, transform: Transform, rows: list[tuple[int, Row]
             image = transform(decode_rgb(source.image_of(row)), np.random.default_rng(0))
             images.append((to_pixels(image), source.label_of(row), index))
         except Exception as error:  # Pillow's plugins raise nearly anything
-            broken.append(_describe(source, index, row, error))
+            broken.append(skipped_image(source, index, row, error))
     return _stack(images, broken)
 
 
@@ -288,15 +289,10 @@ def worker_number() -> tuple[int, int]:
     return (info.id, info.num_workers) if info else (0, 1)
 
 
-def _stack(images: list[tuple[Pixels, int, int]], broken: list[str]) -> Batch:
+def _stack(images: list[tuple[Pixels, int, int]], broken: list[SkippedImage]) -> Batch:
     if not images:
         return Batch(
             torch.empty(0, 0, 0, 3, dtype=torch.uint8), torch.tensor([]).long(), torch.tensor([]).long(), broken
         )
     pixels, labels, index = zip(*images, strict=True)
     return Batch(torch.from_numpy(np.stack(pixels)), torch.tensor(labels), torch.tensor(index), broken)
-
-
-def _describe(source: ImageSource, index: int, row: Row, error: Exception) -> str:
-    name = (source.image_of(row) or {}).get("path")
-    return f"image {index}{f' ({name})' if name else ''}: {type(error).__name__}: {error}"

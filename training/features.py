@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 from modeling_micl import MiclForImageClassification, MiclModel
 from training.data import Batch, EvaluationImages, batches
 from training.images import central_crop
+from training.skipped import SkippedImage
 from training.source import ImageSource
 
 
@@ -156,7 +157,7 @@ def extract_features(
     bar = tqdm(
         total=images.num_images, desc="evaluating", unit="image", leave=False, disable=not accelerator.is_main_process
     )
-    parts, broken = [], list[str]()
+    parts, broken = [], list[SkippedImage]()
     for batch in batches(images, num_workers):
         there = batch.to(accelerator.device)
         parts.append((batch.index, batch.labels, {name: f(there).cpu() for name, f in extractors.items()}))

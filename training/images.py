@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
+# Pillow needs four bytes for each pixel, so that the largest image takes half a gibibyte of a worker's memory.
+MAX_PIXELS = 2**27
+TOO_LARGE = f"the image has more than {MAX_PIXELS:,} pixels"
+
 Pixels = NDArray[np.uint8]
 Transform = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -18,30 +22,43 @@ Transform = Callable[[Image.Image, np.random.Generator], Image.Image]
 def decode_rgb(stored: dict[str, Any] | None) -> Image.Image:
     """Decode one undecoded `datasets.Image` value into upright 8-bit RGB.
 
-    The first frame of an animation counts; transparency is dropped, as image processors do at inference.
+    The first frame of an animation counts; transparency is dropped, as image processors do at inference; 16 bits are
+    scaled to 8. Nothing is decoded of an image that has more than `MAX_PIXELS`.
 
     Raises:
         Exception: whatever the file's defect makes Pillow raise; `ValueError` if there is nothing to decode.
     """
-    if stored is None or not (stored.get("bytes") or stored.get("path")):
+    content, path = (stored or {}).get("bytes"), (stored or {}).get("path")
+    if not content and (content is not None or not path):
         raise ValueError("the row holds no image")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # EXIF oddities and large images are no news; bombs still raise
+        warnings.simplefilter("ignore")  # EXIF oddities are no news
         try:
-            image: Image.Image = Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
+            with Image.open(io.BytesIO(content) if content else str(path)) as image:
+                return _upright_rgb(image)
         except UnidentifiedImageError:
             raise ValueError("not in any known image format") from None
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            # Pillow would clip 16-bit gray at 255 and turn it white.
-            values = np.asarray(image).astype(np.int64)
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError("gray values do not fit in 16 bits")
-            image = Image.fromarray(np.round(values / 257).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating-point images have no defined range")
-        return image.convert("RGB")
+        except Image.DecompressionBombError:  # Pillow's own limit is higher
+            raise ValueError(TOO_LARGE) from None
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """Pixels of an image of which only the header has been read."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(TOO_LARGE)
+    if image.format == "EPS":
+        raise ValueError("PostScript is a program, which is not run")
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # Pillow would clip 16-bit gray at 255 and turn it white.
+        values = np.asarray(image).astype(np.int32)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("gray values do not fit in 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 255 × 257
+    elif image.mode == "F":
+        raise ValueError("floating-point images have no defined range")
+    return image.convert("RGB")
 
 
 def random_resized_crop(size: tuple[int, int], min_scale: float, horizontal_flip: bool) -> Transform:

@@ -7,17 +7,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.data import Batch
 from training.disk import without_stopping
 from training.run import Run, StopRequest
+from training.skipped import SkippedImage
 
 
 # What the progress bar shows of an entry, where it is there.
@@ -29,8 +32,11 @@ SHOWN = {
     "probe_accuracy": ".1%",
     "top1_accuracy": ".1%",
 }
+NAMED = 20  # broken images that are named on the terminal
 # Looks at each logged entry and returns a warning, or None.
 Alarm = Callable[[int, dict[str, float]], str | None]
+# The optimiser step and the epoch in which a broken image was met
+Met = tuple[int, int, SkippedImage]
 
 
 class CollapseAlarm:
@@ -67,12 +73,18 @@ class CollapseAlarm:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one object per line; entries beyond the resumed step are dropped, as they come again."""
+    """`metrics.jsonl`, one object per line; entries beyond the resumed step are dropped, as they come again.
+
+    There is no file before the first entry.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
+        if not kept:
+            path.unlink(missing_ok=True)
+            return
         unfinished = path.with_name(f".tmp-{path.name}")
         unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         unfinished.replace(path)
@@ -109,6 +121,31 @@ def end_trackers(accelerator: Accelerator) -> None:
         accelerator.end_training()
 
 
+class SkippedLog:
+    """`skipped.jsonl`: every image that cannot be decoded, once, with the step and the epoch that met it first.
+
+    Its entries, too, are dropped beyond the resumed step, so that an interrupted run leaves the same file.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.file = MetricsLog(path, step)
+        self.known = {entry["index"] for entry in read_metrics(path)}
+
+    def add(self, met: list[Met]) -> list[str]:
+        """Append the images that are not there yet; returns what to tell of them: little if they are many."""
+        texts = []
+        for step, epoch, image in sorted(met, key=lambda one: (one[0], one[2].index)):
+            if image.index in self.known:
+                continue
+            self.known.add(image.index)
+            self.file.write({"step": step, "epoch": epoch} | asdict(image))
+            if len(self.known) <= NAMED:
+                texts.append(f"skipped a broken image, another takes its place: {image}")
+            elif len(self.known) == NAMED + 1:
+                texts.append(f"more broken images are named in {self.file.path} only")
+        return texts
+
+
 class Logger:
     """Adds up what happens between two entries; writes them to metrics.jsonl, trackers and progress bar.
 
@@ -123,6 +160,7 @@ class Logger:
         self.run, self.stop, self.alarm = run, stop, alarm
         self.main = run.accelerator.is_main_process
         self.file = MetricsLog(run.folder / "metrics.jsonl", run.progress.step) if self.main else None
+        self.skipped = SkippedLog(run.folder / "skipped.jsonl", run.progress.step) if self.main else None
         self.bar = tqdm(
             total=run.plan.total_steps,
             initial=run.progress.step,
@@ -147,7 +185,8 @@ class Logger:
 
     def _restart(self) -> None:
         self.loss = torch.zeros((), device=self.run.accelerator.device)
-        self.forwards = self.images = self.broken = 0
+        self.forwards = self.images = 0
+        self.broken: list[Met] = []
         self.since = time.perf_counter()
 
     def add(self, batch: Batch, loss: Tensor) -> None:
@@ -155,9 +194,9 @@ class Logger:
         self.loss += loss.detach()
         self.forwards += 1
         self.images += len(batch.pixels)
-        self.broken += len(batch.broken)
-        for entry in batch.broken:
-            self.bar.write(f"skipped a broken image, another takes its place: {entry}", file=sys.stderr)
+        progress = self.run.progress
+        epoch = (progress.forwards - 1) // self.run.plan.forwards_per_epoch
+        self.broken += [(progress.step + 1, epoch, image) for image in batch.broken]
         if self.run.accelerator.sync_gradients:
             self.bar.update()
 
@@ -174,7 +213,7 @@ class Logger:
         run, accelerator, progress = self.run, self.run.accelerator, self.run.progress
         local = {"loss": self.loss / self.forwards} | measured
         local["stop"] = torch.tensor(float(self.stop.came), device=self.loss.device)
-        for name, number in (("images", self.images), ("broken", self.broken)):
+        for name, number in (("images", self.images), ("broken", len(self.broken))):
             local[name] = torch.tensor(float(number), device=self.loss.device)
         means = accelerator.reduce(torch.stack(list(local.values())).double(), reduction="mean").tolist()
         metrics = dict(zip(local, means, strict=True))
@@ -182,7 +221,9 @@ class Logger:
         images = round(metrics.pop("images") * accelerator.num_processes)
         progress.seconds += seconds
         progress.seen += images
-        progress.broken += round(metrics.pop("broken") * accelerator.num_processes)
+        if broken := round(metrics.pop("broken") * accelerator.num_processes):  # the same on all processes
+            progress.broken += broken
+            self._name_broken()
         stopping = bool(metrics.pop("stop") > 0)
         entry = {"step": progress.step, "epoch": progress.forwards / run.plan.forwards_per_epoch} | metrics
         entry |= {"learning_rate": run.optimizer.param_groups[0]["lr"], "images_per_second": images / seconds}
@@ -191,6 +232,12 @@ class Logger:
         self._check(entry)
         self._restart()
         return stopping
+
+    def _name_broken(self) -> None:
+        """Write the images that any process had to skip since the last entry to skipped.jsonl, and name some."""
+        met = gather_object(self.broken)
+        for text in self.skipped.add(met) if self.skipped else ():
+            self.bar.write(text, file=sys.stderr)
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Write an entry with what decides the course of training from here on, and the batch as it is shared out."""
@@ -230,7 +277,8 @@ class Logger:
         if progress.broken > tolerated:
             raise RuntimeError(
                 f"{progress.broken} of {progress.seen} images were broken, more than max_bad_fraction="
-                f"{run.config.max_bad_fraction} allows: repair the data (each image is named above), or raise it."
+                f"{run.config.max_bad_fraction} allows: repair the data ({run.folder / 'skipped.jsonl'} names each "
+                "image and its defect), or raise it."
             )
         warning = self.alarm(entry["step"], entry)
         if warning and self.main:

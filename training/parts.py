@@ -129,7 +129,7 @@ class Part:
         self.paths += some.paths
         self.labels += [None if label < 0 else label for label in some.batch.labels.tolist()]
         self.vectors.append(vectors)
-        self.broken += some.batch.broken
+        self.broken += map(str, some.batch.broken)
 
 
 def write_part(file: Path, part: Part, schema: pa.Schema, about: About) -> None:

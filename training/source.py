@@ -26,6 +26,7 @@ from training.row_groups import read_row_groups, rows_between
 Row = dict[str, Any]
 DEMONSTRATION = "photos"
 _SPLIT_WORDS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+_HIDDEN = re.compile(r"(^|/)(\.|__)")  # files and folders that the library passes over
 
 
 @dataclass
@@ -237,7 +238,8 @@ def _check_none_left_out(folder: Path, builder: datasets.DatasetBuilder) -> None
     if any(path.is_dir() for group in groups for path in group.iterdir()):
         return  # folders of splits that hold folders of classes
     used = {Path(file) for files in (builder.config.data_files or {}).values() for file in files}
-    images = {path.resolve() for path in folder.rglob("*") if path.suffix.lower() in ImageFolder.EXTENSIONS}
+    found = (path for path in folder.rglob("*.*") if not _HIDDEN.search(str(path.relative_to(folder))))
+    images = {path.resolve() for path in found if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file()}
     left_out = sorted(images - {path.resolve() for path in used})
     if left_out and used:
         example = next(iter(used)).relative_to(folder)

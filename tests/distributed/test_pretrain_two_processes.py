@@ -5,6 +5,7 @@ In one pass, or in several with the cached loss.
 
 import io
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,20 @@ from safetensors.torch import load_file
 STEPS = 50
 BATCH = 32
 UNEVEN = [3, 25, 0, 14, 70]  # 112 images: three batches
+BROKEN = {1, 30, 41, 90}
 
 pytestmark = pytest.mark.slow
 
 
-def write_shards(folder: Path, split: str, lengths: list[int]) -> None:
+def write_shards(folder: Path, split: str, lengths: list[int], broken: Collection[int] = ()) -> None:
     rng = np.random.default_rng(len(lengths))
     folder.mkdir(exist_ok=True)
     for number, length in enumerate(lengths):
         images = []
-        for _ in range(length):
+        for index in range(sum(lengths[:number]), sum(lengths[: number + 1])):
             buffer = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((16, 16)).save(buffer, "PNG")
-            images.append({"bytes": buffer.getvalue(), "path": None})
+            images.append({"bytes": b"no image" if index in broken else buffer.getvalue(), "path": None})
         columns = {"image": images, "label": rng.integers(0, 3, length)}
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
         path = folder / f"{split}-{number:05d}-of-{len(lengths):05d}.parquet"
@@ -93,7 +95,7 @@ def command(
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     """Runs of one process and of two, with either kind of negatives and with the cached loss."""
     folder = tmp_path_factory.mktemp("runs")
-    write_shards(folder / "data", "train", UNEVEN)
+    write_shards(folder / "data", "train", UNEVEN, BROKEN)
     write_shards(folder / "data", "test", [31])
     resumed = folder / "resumed"
     launches: list[tuple[int, dict[str, tuple[str, dict[str, object]]]]] = [
@@ -132,7 +134,16 @@ def test_the_command_comes_to_its_end(name: str, runs: dict[str, Finished]) -> N
     assert f"on {1 if name.startswith('one') else 2} processes" in runs[name].printed
     assert runs[name].printed.count("kNN accuracy on") == 1
     names = {path.name for path in runs[name].folder.iterdir()}
-    assert names == {"checkpoints", "metrics.jsonl", "model", "figures"}
+    assert names == {"checkpoints", "metrics.jsonl", "skipped.jsonl", "model", "figures"}
+
+
+def test_images_that_any_process_skips_are_listed_once(runs: dict[str, Finished]) -> None:
+    for name in ("one", "global", "sharded, cached"):
+        skipped = [json.loads(line) for line in (runs[name].folder / "skipped.jsonl").read_text().splitlines()]
+        assert sorted(one["index"] for one in skipped) == sorted(BROKEN)
+        assert {one["index"]: (one["shard"], one["row"]) for one in skipped}[30] == (3, 2)
+        assert "skipped a broken image" in runs[name].complaints
+    assert (runs["global"].folder / "skipped.jsonl").read_text() == (runs["one"].folder / "skipped.jsonl").read_text()
 
 
 @pytest.mark.parametrize("name", ["global", "one, cached", "global, cached", "sharded, cached", "resumed"])
