@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
@@ -13,6 +13,7 @@ from training.images import Transform
 from training.log import Logger
 from training.optim import set_learning_rate
 from training.run import Run, StopRequest, save_run
+from training.stream import StreamError
 from training.tensors import whole_tensors
 
 
@@ -62,6 +63,15 @@ def process_batches(run: Run, task: Task) -> Iterator[Batch]:
     return batches(places, min(config.num_workers, run.plan.images_per_process))
 
 
+def keep_before_failing(batches: Iterator[Batch], keep: Callable[[], None]) -> Iterator[Batch]:
+    """The batches; if their stream fails, what is done so far is kept before the run ends."""
+    try:
+        yield from batches
+    except StreamError:
+        keep()
+        raise
+
+
 def learn(run: Run, task: Task, batch: Batch, with_norm: bool) -> tuple[ModelOutput, Tensor | None]:
     """Pass a batch forward and backward, and step when it is due; the gradient's norm if asked for."""
     config, accelerator = run.config, run.accelerator
@@ -86,7 +96,16 @@ def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
     if eval_every and progress.step == 0:
         log.write_evaluation(task.evaluate)
     run.model.train()
-    for batch in process_batches(run, task) if progress.step < total_steps else ():
+    first_step = progress.step
+
+    def keep() -> None:
+        """Save the steps since the last checkpoint; the other processes, already in the next step, would not join."""
+        if accelerator.num_processes == 1 and accelerator.sync_gradients and progress.step > first_step:
+            if log.forwards:
+                log.write(task.metrics(output), None)
+            save_run(run)
+
+    for batch in keep_before_failing(process_batches(run, task), keep) if progress.step < total_steps else ():
         step = progress.step + 1  # the one that this pass belongs to
         save_due = (
             step % config.save_steps == 0 or step == total_steps or (stop.came and accelerator.num_processes == 1)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from modeling_micl.hub_access import reason, why_unreadable
 from training.config import DataSettings
 from training.photos import photo_crops
+from training.stream import read_rows
 
 
 Row = dict[str, Any]
@@ -44,6 +45,7 @@ class ImageSource:
         fingerprint: changes when files, row counts or columns change; on the Hub also when the files' content does.
         version: changes also when a file is written anew or the Hub has a new commit.
         files: the Parquet files behind the shards, None if they are something else.
+        stream_timeout: seconds that a stream over a network may give nothing; None for files on disk.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -56,6 +58,7 @@ class ImageSource:
     fingerprint: str
     version: str
     files: list[str] | None = None
+    stream_timeout: float | None = None
 
     @property
     def num_images(self) -> int:
@@ -71,19 +74,11 @@ class ImageSource:
         """Rows start ≤ i < stop of one shard of a stream, in stored order.
 
         Raises:
-            RuntimeError: if they cannot be read, for a stream after many attempts over several minutes.
+            StreamError: if they cannot be read, over a network after `stream_timeout` seconds of attempts.
         """
         assert isinstance(self.rows, datasets.IterableDataset)
-        rows = self.rows.shard(num_shards=len(self.lengths), index=shard).skip(start).take(stop - start)
-        # Read in batches because a plain loop in a DataLoader's worker would give it only a part of the rows.
-        try:
-            for batch in rows.iter(batch_size=16):
-                yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-        except (OSError, HTTPError) as error:
-            raise RuntimeError(
-                f"Shard {shard} of the split {self.split!r} cannot be read any more ({reason(error)}). Run the same "
-                "command again when it can be: training goes on from its newest checkpoint."
-            ) from None  # the cause might quote the token
+        rows = self.rows.shard(num_shards=len(self.lengths), index=shard)
+        yield from read_rows(rows, start, stop, self.stream_timeout, f"Shard {shard} of the split {self.split!r}")
 
     def rows_at(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, Row]]:
         """The rows with these numbers in the data, which must rise, each with its number; reads a shard only once."""
@@ -117,6 +112,7 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
     max_images: int | None = None,
+    stream_timeout: float = 600,
 ) -> ImageSource:
     """Open one split of a dataset without decoding anything.
 
@@ -129,6 +125,7 @@ def open_source(
         image_column: the only image column when unset.
         label_column: the only class label column when unset, if there is one.
         max_images: use only so many rows, from all over the split.
+        stream_timeout: seconds that a stream over a network may give nothing.
 
     Raises:
         ValueError: if the dataset, the split or a column does not exist, naming what there is.
@@ -180,13 +177,14 @@ def open_source(
         fingerprint=fingerprint,
         version=_digest([fingerprint, origin]),
         files=files if parquet else None,
+        stream_timeout=stream_timeout if any("://" in file for file in files) else None,
     )
 
 
 def open_split(settings: DataSettings, split: str, max_images: int | None = None) -> ImageSource:
     """Open a split of the dataset that the settings name; see `open_source`."""
     where = (settings.dataset_config, settings.streaming, settings.image_column, settings.label_column)
-    return open_source(settings.dataset, split, *where, max_images=max_images)
+    return open_source(settings.dataset, split, *where, max_images=max_images, stream_timeout=settings.stream_timeout)
 
 
 def evaluation_split(settings: DataSettings) -> str | None:
