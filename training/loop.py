@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
@@ -63,12 +63,20 @@ def process_batches(run: Run, task: Task) -> Iterator[Batch]:
     return batches(places, min(config.num_workers, run.plan.images_per_process))
 
 
-def keep_before_failing(batches: Iterator[Batch], keep: Callable[[], None]) -> Iterator[Batch]:
-    """The batches; if their stream fails, what is done so far is kept before the run ends."""
+def keep_before_failing(run: Run, log: Logger, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; if their stream fails, the steps since the last checkpoint are logged and saved first.
+
+    Not with several processes: the others are in the next step already and would not join.
+    """
+    first_step = run.progress.step
     try:
         yield from batches
     except StreamError:
-        keep()
+        accelerator = run.accelerator
+        if accelerator.num_processes == 1 and accelerator.sync_gradients and run.progress.step > first_step:
+            if log.forwards:
+                log.write({}, None)
+            save_run(run)
         raise
 
 
@@ -96,16 +104,8 @@ def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
     if eval_every and progress.step == 0:
         log.write_evaluation(task.evaluate)
     run.model.train()
-    first_step = progress.step
-
-    def keep() -> None:
-        """Save the steps since the last checkpoint; the other processes, already in the next step, would not join."""
-        if accelerator.num_processes == 1 and accelerator.sync_gradients and progress.step > first_step:
-            if log.forwards:
-                log.write(task.metrics(output), None)
-            save_run(run)
-
-    for batch in keep_before_failing(process_batches(run, task), keep) if progress.step < total_steps else ():
+    batches_left = keep_before_failing(run, log, process_batches(run, task)) if progress.step < total_steps else ()
+    for batch in batches_left:
         step = progress.step + 1  # the one that this pass belongs to
         save_due = (
             step % config.save_steps == 0 or step == total_steps or (stop.came and accelerator.num_processes == 1)

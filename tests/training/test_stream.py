@@ -237,7 +237,7 @@ def test_a_hanging_stream_leaves_one_clear_line_and_no_process(hub: HubServer, s
     hub.faults = [Fault(FILES, pause=60, skip=AMID, times=1000)]
     start = command(tmp_path / "run", num_workers=2)
     done = subprocess.run(
-        start, cwd=ROOT, env=environment(hub, tmp_path / "home"), capture_output=True, text=True, timeout=120
+        start, cwd=ROOT, env=environment(hub, tmp_path / "home"), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -265,7 +265,7 @@ def test_a_stream_that_fails_in_one_process_ends_them_all(hub: HubServer, shards
             )
             for rank in range(2)
         ]
-        ends.append([(process.communicate(timeout=120)[1], process.returncode) for process in pair])
+        ends.append([(process.communicate(timeout=600)[1], process.returncode) for process in pair])
     (first, second), resumed = ends
     assert (first[1], second[1]) == (1, 1)
     assert sum("cannot be read any more (" in said for said, _ in ends[0]) == 1
