@@ -47,6 +47,21 @@ class Repository:
         return next((commit for commit in self.commits if commit.oid == oid), None)
 
 
+@dataclass
+class Fault:
+    """What goes wrong with requests that have `at` in "METHOD path"."""
+
+    at: str
+    skip: int = 0  # such requests that go well before
+    times: int = 1  # such requests that go wrong then
+    status: int = 0  # answer with this one
+    retry_after: str = ""  # and this header
+    cut: bool = False  # break the connection when half of the answer is sent
+    short: bool = False  # give half of the bytes asked for as if they were all
+    pause: float = 0.0  # seconds before the second half of the answer
+    trickle: float = 0.0  # seconds between 32 pieces of that half
+
+
 class HubServer(ThreadingHTTPServer):
     """Its public attributes may be read and set by tests at any time."""
 
@@ -65,6 +80,8 @@ class HubServer(ThreadingHTTPServer):
         self.break_after = False  # only when it is carried out, so that just the answer is lost
         self.break_amid = False  # only when half of the answer is sent
         self.down = False  # answer nothing any more
+        self.faults: list[Fault] = []
+        self.ends = threading.Event()  # pauses are over then
 
     def uploads(self) -> list[str]:
         """The LFS objects that were sent, by their SHA-256, each as often as it was."""
@@ -74,6 +91,16 @@ class HubServer(ThreadingHTTPServer):
         found = bool(self.break_at) and self.break_at in request
         self.break_at = "" if found else self.break_at
         return found
+
+    def fault(self, request: str) -> Fault | None:
+        """What goes wrong with this request."""
+        for fault in [each for each in self.faults if each.at in request]:
+            if fault.skip > 0:
+                fault.skip -= 1
+            elif fault.times > 0:
+                fault.times -= 1
+                return fault
+        return None
 
 
 @contextmanager
@@ -85,6 +112,7 @@ def serve_hub() -> Iterator[HubServer]:
     try:
         yield server
     finally:
+        server.ends.set()
         server.shutdown()
         server.server_close()
 
@@ -107,18 +135,22 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(size)
         self.server.requests.append(request)
         status, content = self._refusal(path) or self._answer(path, body)
-        self.close_connection = self.close_connection or breaks
+        fault = self.server.fault(request) or Fault(request, cut=breaks)
+        if fault.status:
+            status, content = fault.status, {"error": "out of order"}
+        self.close_connection = self.close_connection or breaks or fault.cut
         if not breaks or amid:
-            self._send(status, content, cut=breaks)
+            self._send(status, content, fault)
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
-    def _send(self, status: int, content: Any, cut: bool) -> None:
+    def _send(self, status: int, content: Any, fault: Fault) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and isinstance(content, bytes):
             first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
             status, data = 206, data[first : last + 1]
+        data = data[: len(data) // 2] if fault.short else data
         self.send_response(status)
         if status == 206:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
@@ -129,10 +161,24 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(content, bytes):
             self.send_header("X-Repo-Commit", self.commit)
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        if fault.retry_after:
+            self.send_header("Retry-After", fault.retry_after)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[: len(data) // 2] if cut else data)
+            self._send_body(data, fault)
+
+    def _send_body(self, data: bytes, fault: Fault) -> None:
+        half, wait = len(data) // 2, self.server.ends.wait
+        try:
+            self.wfile.write(data[:half])
+            wait(fault.pause)
+            for begin in range(half, len(data), half // 32 + 1) if fault.trickle else ():
+                self.wfile.write(data[begin : begin + half // 32 + 1])
+                wait(fault.trickle)
+            self.wfile.write(b"" if fault.cut or fault.trickle else data[half:])
+        except OSError:  # the client does not wait so long
+            self.close_connection = True
 
     def _refusal(self, path: str) -> Answer | None:
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ")

@@ -31,12 +31,15 @@ class DataSettings:
     image_column: str | None = setting(None, "unset, the only image column")
     label_column: str | None = setting(None, "unset, the only class label column if there is one")
     max_images: int | None = setting(None, "use only so many images of a split, from all over it, for a quick look")
+    stream_timeout: float = setting(600, "seconds that a stream over a network may give nothing before the run ends")
     num_workers: int = setting(4, "decoding processes for each process of the program; 0 decodes in that itself")
 
     def validate(self) -> None:
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
         self._validate_at_least(1, "max_images")
         self._validate_at_least(0, "num_workers")
+        if not self.stream_timeout > 0:
+            raise ValueError(f"stream_timeout must be more than 0 seconds, got {self.stream_timeout}.")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, ready for JSON."""
@@ -103,7 +106,7 @@ class TrainingSettings(DataSettings):
     CHANGEABLE: ClassVar[set[str]] = {
         *("output_dir", "resume", "max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to"),
         *("num_workers", "max_bad_fraction", "gradient_checkpointing", "eval_split"),
-        *("push_to_hub", "push_checkpoints", "push_private", "process_timeout"),
+        *("push_to_hub", "push_checkpoints", "push_private", "process_timeout", "stream_timeout"),
         *("keep_every_steps", "async_checkpoints", "on_full_disk"),
     }
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from training.images import Pixels, Transform, decode_rgb, to_pixels
 from training.skipped import SkippedImage, skipped_image
 from training.source import ImageSource, Row, first_rows
+from training.stream import StreamError
 
 
 # A lane is one reader of a stream. More lanes mix more shards into each batch but hold more files open.
@@ -261,14 +262,30 @@ def batches(dataset: IterableDataset[Batch], num_workers: int) -> Iterator[Batch
 def run_in_workers(dataset: IterableDataset[Item], num_workers: int) -> Iterator[Item]:
     """What a dataset yields in worker processes, taking turns; 0 runs it in this one."""
     loader = DataLoader(
-        dataset,
+        WithErrors(dataset),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         prefetch_factor=4 if num_workers else None,
     )
-    yield from loader
+    for item in loader:
+        if isinstance(item, StreamError):
+            raise item
+        yield item
+
+
+class WithErrors(IterableDataset[Item | StreamError]):
+    """Gives a stream's failure as the last item: the DataLoader would put a worker's traceback before its words."""
+
+    def __init__(self, dataset: IterableDataset[Item]) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Item | StreamError]:
+        try:
+            yield from self.dataset
+        except StreamError as error:
+            yield error
 
 
 def _start_worker(_: int) -> None:

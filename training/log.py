@@ -62,7 +62,7 @@ class CollapseAlarm:
         text = (
             f"The loss {metrics['loss']:.3f} sits at ln(contrasted images) = {self.guessing:.3f}: nothing is learned. "
         )
-        if metrics["negative_cosine"] > 0.98:
+        if metrics.get("negative_cosine", 0) > 0.98:  # not in an entry before a failure
             return text + (
                 f"All embeddings point the same way (mean cosine of negatives {metrics['negative_cosine']:.3f}). "
                 "Likely the views of an image share too little, as with strokes on an empty ground, or the learning "

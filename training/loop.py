@@ -13,6 +13,7 @@ from training.images import Transform
 from training.log import Logger
 from training.optim import set_learning_rate
 from training.run import Run, StopRequest, save_run
+from training.stream import StreamError
 from training.tensors import whole_tensors
 
 
@@ -62,6 +63,23 @@ def process_batches(run: Run, task: Task) -> Iterator[Batch]:
     return batches(places, min(config.num_workers, run.plan.images_per_process))
 
 
+def keep_before_failing(run: Run, log: Logger, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; if their stream fails, the steps since the last checkpoint are logged and saved first.
+
+    Not with several processes: the others are in the next step already and would not join.
+    """
+    first_step = run.progress.step
+    try:
+        yield from batches
+    except StreamError:
+        accelerator = run.accelerator
+        if accelerator.num_processes == 1 and accelerator.sync_gradients and run.progress.step > first_step:
+            if log.forwards:
+                log.write({}, None)
+            save_run(run)
+        raise
+
+
 def learn(run: Run, task: Task, batch: Batch, with_norm: bool) -> tuple[ModelOutput, Tensor | None]:
     """Pass a batch forward and backward, and step when it is due; the gradient's norm if asked for."""
     config, accelerator = run.config, run.accelerator
@@ -86,7 +104,8 @@ def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
     if eval_every and progress.step == 0:
         log.write_evaluation(task.evaluate)
     run.model.train()
-    for batch in process_batches(run, task) if progress.step < total_steps else ():
+    batches_left = keep_before_failing(run, log, process_batches(run, task)) if progress.step < total_steps else ()
+    for batch in batches_left:
         step = progress.step + 1  # the one that this pass belongs to
         save_due = (
             step % config.save_steps == 0 or step == total_steps or (stop.came and accelerator.num_processes == 1)

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from modeling_micl.hub_access import reason, why_unreadable
 from training.config import DataSettings
 from training.photos import photo_crops
-from training.row_groups import read_row_groups, rows_between
+from training.row_groups import read_row_groups
+from training.stream import read_rows
 
 
 Row = dict[str, Any]
@@ -45,6 +46,7 @@ class ImageSource:
         version: changes also when a file is written anew or the Hub has a new commit.
         files: the Parquet files behind the shards, None if they are something else.
         row_groups: rows of each of these files' row groups.
+        stream_timeout: seconds that a stream over a network may give nothing; None for files on disk.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -58,6 +60,7 @@ class ImageSource:
     version: str
     files: list[str] | None = None
     row_groups: list[list[int]] | None = None
+    stream_timeout: float | None = None
 
     @property
     def num_images(self) -> int:
@@ -73,21 +76,13 @@ class ImageSource:
         """Rows start ≤ i < stop of one shard of a stream, in stored order.
 
         Raises:
-            RuntimeError: if they cannot be read, for a stream after many attempts over several minutes.
+            StreamError: if they cannot be read, over a network after `stream_timeout` seconds of attempts.
         """
         assert isinstance(self.rows, datasets.IterableDataset)
         rows = self.rows.shard(num_shards=len(self.lengths), index=shard)
         row_groups = self.row_groups[shard] if self.row_groups else [self.lengths[shard]]
-        # Read in batches because a plain loop in a DataLoader's worker would give it only a part of the rows.
-        try:
-            for part in rows_between(rows, row_groups, start, stop):
-                for batch in part.iter(batch_size=16):
-                    yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-        except (OSError, HTTPError) as error:
-            raise RuntimeError(
-                f"Shard {shard} of the split {self.split!r} cannot be read any more ({reason(error)}). Run the same "
-                "command again when it can be: training goes on from its newest checkpoint."
-            ) from None  # the cause might quote the token
+        name = f"Shard {shard} of the split {self.split!r}"
+        yield from read_rows(rows, row_groups, start, stop, self.stream_timeout, name)
 
     def rows_at(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, Row]]:
         """The rows with these numbers in the data, which must rise, each with its number; reads a shard only once."""
@@ -121,6 +116,7 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
     max_images: int | None = None,
+    stream_timeout: float = 600,
 ) -> ImageSource:
     """Open one split of a dataset without decoding anything.
 
@@ -133,6 +129,7 @@ def open_source(
         image_column: the only image column when unset.
         label_column: the only class label column when unset, if there is one.
         max_images: use only so many rows, from all over the split.
+        stream_timeout: seconds that a stream over a network may give nothing.
 
     Raises:
         ValueError: if the dataset, the split or a column does not exist, naming what there is.
@@ -186,13 +183,14 @@ def open_source(
         version=_digest([fingerprint, origin]),
         files=files if parquet else None,
         row_groups=row_groups,
+        stream_timeout=stream_timeout if any("://" in file for file in files) else None,
     )
 
 
 def open_split(settings: DataSettings, split: str, max_images: int | None = None) -> ImageSource:
     """Open a split of the dataset that the settings name; see `open_source`."""
     where = (settings.dataset_config, settings.streaming, settings.image_column, settings.label_column)
-    return open_source(settings.dataset, split, *where, max_images=max_images)
+    return open_source(settings.dataset, split, *where, max_images=max_images, stream_timeout=settings.stream_timeout)
 
 
 def evaluation_split(settings: DataSettings) -> str | None:

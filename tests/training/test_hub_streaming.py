@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +61,6 @@ def test_a_stream_from_the_hub_gives_the_losses_of_the_local_folder(
     upload(hub, data, "datasets/me/pictures", private=True)
     expected = losses(run_pretraining(settings(epochs=2, output_dir=str(tmp_path / "local"))))
     assert len(expected) == 8
-    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0.1)
     for line in ("good", "breaks before an answer", "breaks amid an answer"):
 
         def train_over_it(*arguments: Any, line: str = line) -> bool:
@@ -88,7 +86,7 @@ def test_a_run_that_loses_its_source_ends_with_clear_words_and_can_be_resumed(
 ) -> None:
     upload(hub, data, "datasets/me/pictures")
     expected = losses(run_pretraining(settings(epochs=2, output_dir=str(tmp_path / "local"))))
-    config = settings(epochs=2, dataset="me/pictures", save_steps=1)
+    config = settings(epochs=2, dataset="me/pictures", save_steps=1, stream_timeout=1)
 
     def save_and_go(run: Run, stopping: bool) -> None:
         save_run(run, stopping)
@@ -96,8 +94,6 @@ def test_a_run_that_loses_its_source_ends_with_clear_words_and_can_be_resumed(
         hub.token = "another" if what == "the right to read" and run.progress.step >= 3 else TOKEN
 
     with monkeypatch.context() as patch:
-        patch.setattr(time, "sleep", lambda _: None)
-        patch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 2)
         patch.setattr(loop, "save_run", save_and_go)
         with pytest.raises(
             RuntimeError, match="'train' cannot be read any more .*Run the same command again"
