@@ -132,9 +132,9 @@ def test_it_goes_on_at_the_row_reached(hub: HubServer, pictures: Path, monkeypat
     begins = []
     lists = stream._lists_of_rows
 
-    def noted(shard: datasets.IterableDataset, stop: int, start: int) -> Iterator[stream.Rows]:
+    def noted(shard: datasets.IterableDataset, groups: list[int], stop: int, start: int) -> Iterator[stream.Rows]:
         begins.append(start)
-        return lists(shard, stop, start)
+        return lists(shard, groups, stop, start)
 
     monkeypatch.setattr(stream, "_lists_of_rows", noted)
     source = open_source("me/pictures")
