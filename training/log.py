@@ -80,6 +80,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
+        self.waiting: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
         if not kept:
@@ -88,12 +89,11 @@ class MetricsLog:
         unfinished = path.with_name(f".tmp-{path.name}")
         unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         unfinished.replace(path)
-        self.waiting: list[str] = []
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry; it must have a step. While the disk is full, entries wait for the next to be written."""
         self.waiting.append(json.dumps(entry) + "\n")
-        size = self.path.stat().st_size
+        size = self.path.stat().st_size if self.path.exists() else 0
         with without_stopping(str(self.path)):
             try:
                 with self.path.open("a") as file:
