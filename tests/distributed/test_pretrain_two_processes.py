@@ -95,7 +95,7 @@ def train(
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", program]
     command += [f"--{setting}={value}" for setting, value in settings.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "home")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     return Finished(folder / name, done.returncode, done.stdout, done.stderr)
 
 
