@@ -46,7 +46,6 @@ def replace_folder(new: Path, final: Path) -> None:
     that moment, `put_back` makes up for it.
     """
     synchronise(new)
-    put_back(final)
     if not final.exists():
         new.rename(final)
     elif not _exchange(new, final):

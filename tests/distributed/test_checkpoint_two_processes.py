@@ -120,7 +120,7 @@ def folder(alone: Accelerator, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Checkpoints KIND, what came of each when it was loaded as another, KIND-OTHER, and later, KIND-OTHER-later."""
     folder = tmp_path_factory.mktemp("checkpoints")
     train_and_save(alone, "plain", folder)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     done = subprocess.run(
         [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600, check=False

@@ -14,9 +14,11 @@ import torch
 from accelerate import Accelerator
 
 from modeling_micl import MiclConfig, sample_views
-from training import batch_cost, step_cost
+from training import batch_cost, resume_cost, step_cost
 from training.batch_cost import GrowthSettings, MemorySettings, ViewsSettings
 from training.benchmark import PARTS, main, markdown, parse
+from training.resume_cost import ResumeSettings
+from training.source import ImageSource
 from training.step_cost import Learner, Way, peak_memories, per_image, time_steps
 
 
@@ -131,6 +133,39 @@ def test_views_have_the_same_number_of_patches(measure: Measure) -> None:
         assert entry["time_ratio"] == entry["ms_per_image"] / first["ms_per_image"]
         assert entry["views_ratio"] == entry["num_views"] / 2
         assert_times(entry, entry["images"])
+
+
+def test_resume_measures_every_place_in_data_of_that_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    first_batch = resume_cost.time_to_first_batch
+
+    def time_to_first_batch(source: ImageSource, config: ResumeSettings, epochs: float) -> float:
+        assert (source.num_images, len(source.lengths), source.row_groups) == (
+            500,
+            3,
+            [[100, 66], [100, 67], [100, 67]],
+        )
+        asked.append(epochs)
+        return first_batch(source, config, epochs)
+
+    monkeypatch.setattr(resume_cost, "time_to_first_batch", time_to_first_batch)
+    output = tmp_path / "new" / "numbers.json"
+    config = ResumeSettings(images=500, shards=3, global_batch_size=50, places=[0, 7.5], output=str(output))
+    config.validate()
+    main("resume", config)
+    entries = json.loads(output.read_text())["results"]
+    assert asked == [0, 0, 0, 7.5, 7.5, 7.5]
+    assert [entry["epochs"] for entry in entries] == [0, 7.5]
+    assert all(entry["median_seconds"] == sorted(entry["seconds"])[1] > 0 for entry in entries)
+    assert [row[0] for row in cells(capsys.readouterr().out)[2:]] == ["0", "7.5"]
+
+
+@pytest.mark.parametrize("setting", [{"images": 4095}, {"shards": 0}, {"places": []}, {"places": [-1]}], ids=str)
+def test_impossible_places_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        ResumeSettings(**setting).validate()
 
 
 @pytest.mark.parametrize(("image_size", "patch_size"), [(224, 16), (224, 14), (96, 8), (40, 4)])

@@ -32,6 +32,7 @@ IMPOSSIBLE = {
     "max_images": 0,
     "max_steps": 0,
     "save_total_limit": 0,
+    "keep_every_steps": -1,
     "shuffle_window": 0,
     "num_workers": -1,
     "knn_epochs": -1,
@@ -63,6 +64,12 @@ def test_an_impossible_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name) as refused:
         PretrainConfig(**{name: value}).validate()
     assert str(value[0] if isinstance(value, list) else value) in str(refused.value)
+
+
+def test_every_kth_checkpoint_must_be_one_that_is_written() -> None:
+    with pytest.raises(ValueError, match="keep_every_steps=1500 must be a multiple of save_steps=1000"):
+        PretrainConfig(keep_every_steps=1500).validate()
+    PretrainConfig(keep_every_steps=2000).validate()
 
 
 @pytest.mark.parametrize(
