@@ -87,6 +87,7 @@ class TrainingSettings(DataSettings):
     save_steps: int = setting(1000, "optimiser steps between checkpoints")
     save_total_limit: int = setting(3, "newest checkpoints to keep")
     process_timeout: int = setting(1800, "seconds that a process waits for the others before it ends the run")
+    max_bad_steps: int = setting(3, "skip so many steps in a row whose gradient is not finite before stopping; 0 none")
     resume: str = setting(
         "auto", "'auto' continues from the newest valid checkpoint if there is one, 'none', or a path"
     )
@@ -100,7 +101,7 @@ class TrainingSettings(DataSettings):
     CHANGEABLE: ClassVar[set[str]] = {
         *("output_dir", "resume", "max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to"),
         *("num_workers", "max_bad_fraction", "gradient_checkpointing", "eval_split"),
-        *("push_to_hub", "push_checkpoints", "push_private", "process_timeout"),
+        *("push_to_hub", "push_checkpoints", "push_private", "process_timeout", "max_bad_steps"),
     }
 
     def trackers(self) -> list[str]:
@@ -132,7 +133,9 @@ class TrainingSettings(DataSettings):
         super().validate()
         self._validate_at_least(1, "gradient_accumulation_steps", "epochs", "logging_steps")
         self._validate_at_least(1, "save_steps", "max_steps", "save_total_limit", "shuffle_window", "process_timeout")
-        self._validate_at_least(0, "warmup_epochs", "base_lr", "min_lr", "seed", "weight_decay", "max_grad_norm")
+        self._validate_at_least(
+            0, "warmup_epochs", "base_lr", "min_lr", "seed", "weight_decay", "max_grad_norm", "max_bad_steps"
+        )
         self._validate_share("crop_min_scale", zero=False)
         self._validate_share("max_bad_fraction")
         if not self.warmup_epochs < self.epochs:

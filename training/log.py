@@ -5,16 +5,18 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from training.agreement import Told
 from training.data import Batch
-from training.run import Run, StopRequest
+from training.run import Run
 
 
 # What the progress bar shows of an entry, where it is there.
@@ -63,6 +65,33 @@ class CollapseAlarm:
         return text + "Likely the views are too small or too alike between images: lower mask_ratio or temperature."
 
 
+class SpikeAlarm:
+    """Warns when the loss jumps up.
+
+    Args:
+        factor: of the median of the recent entries above which a loss is a spike.
+        entries: logged losses to compare with; there is no warning before there are so many.
+    """
+
+    def __init__(self, factor: float = 2.0, entries: int = 10) -> None:
+        self.factor = factor
+        self.recent: deque[float] = deque(maxlen=entries)
+
+    def check(self, step: int, metrics: dict[str, float]) -> str | None:
+        """A warning at the first entry of a spike, or None."""
+        loss, usual = metrics["loss"], median(self.recent) if self.recent else math.nan
+        known, before = len(self.recent) == self.recent.maxlen, self.recent[-1] if self.recent else math.nan
+        if math.isfinite(loss):
+            self.recent.append(loss)
+        if not known or not loss > self.factor * usual or before > self.factor * usual:
+            return None
+        return (
+            f"The loss {loss:.3f} at step {step} is more than {self.factor:g} times the {usual:.3f} of the last "
+            f"{len(self.recent)} entries. If it does not come down again, go on from an earlier checkpoint with a "
+            "lower base_lr or max_grad_norm=1."
+        )
+
+
 class MetricsLog:
     """`metrics.jsonl`, one object per line; entries beyond the resumed step are dropped, as they come again."""
 
@@ -96,13 +125,13 @@ class Logger:
 
     Args:
         run: what is logged.
-        stop: asked at every entry.
         title: of the progress bar.
         alarm: what may be wrong with the training.
     """
 
-    def __init__(self, run: Run, stop: StopRequest, title: str, alarm: Alarm = lambda *_: None) -> None:
-        self.run, self.stop, self.alarm = run, stop, alarm
+    def __init__(self, run: Run, title: str, alarm: Alarm = lambda *_: None) -> None:
+        self.run, self.alarms = run, (SpikeAlarm().check, alarm)
+        self.bad_in_row = 0
         self.main = run.accelerator.is_main_process
         self.file = MetricsLog(run.folder / "metrics.jsonl", run.progress.step) if self.main else None
         self.bar = tqdm(
@@ -129,13 +158,15 @@ class Logger:
 
     def _restart(self) -> None:
         self.loss = torch.zeros((), device=self.run.accelerator.device)
-        self.forwards = self.images = self.broken = 0
+        self.finite = torch.zeros((), device=self.run.accelerator.device)  # losses in the sum
+        self.images = self.broken = 0
         self.since = time.perf_counter()
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Take note of one forward pass, without waiting for the device."""
-        self.loss += loss.detach()
-        self.forwards += 1
+        counts = loss.detach().isfinite() | (not self.run.skips_bad_steps)
+        self.loss += torch.where(counts, loss.detach(), 0.0)
+        self.finite += counts
         self.images += len(batch.pixels)
         self.broken += len(batch.broken)
         for entry in batch.broken:
@@ -143,8 +174,24 @@ class Logger:
         if self.run.accelerator.sync_gradients:
             self.bar.update()
 
-    def write(self, measured: dict[str, Tensor], grad_norm: Tensor | None) -> bool:
-        """Write an entry from all processes; returns whether any of them was asked to stop.
+    def follow(self, told: Sequence[Told]) -> bool:
+        """Count skipped steps and name the first in a row; returns whether any process was asked to stop.
+
+        Raises:
+            RuntimeError: if more than `max_bad_steps` were skipped in a row.
+        """
+        limit = self.run.config.max_bad_steps
+        for step, _, skipped in told:
+            self.bad_in_row = self.bad_in_row + 1 if skipped else 0
+            self.run.progress.skipped += skipped
+            if self.bad_in_row > limit:
+                raise RuntimeError(self._bad_numbers(step, f"gradient not finite, {self.bad_in_row} times in a row"))
+            if self.bad_in_row == 1:
+                self._warn(f"Step {step} is skipped: its gradient is not finite (max_bad_steps={limit} in a row).")
+        return any(one.stop for one in told)
+
+    def write(self, measured: dict[str, Tensor], grad_norm: Tensor | None) -> None:
+        """Write an entry from all processes.
 
         Args:
             measured: of this process's last batch, scalars.
@@ -154,8 +201,7 @@ class Logger:
             RuntimeError: if the loss or the gradient is not finite, or too many images are broken.
         """
         run, accelerator, progress = self.run, self.run.accelerator, self.run.progress
-        local = {"loss": self.loss / self.forwards} | measured
-        local["stop"] = torch.tensor(float(self.stop.came), device=self.loss.device)
+        local = {"loss": self.loss, "finite": self.finite} | measured
         for name, number in (("images", self.images), ("broken", self.broken)):
             local[name] = torch.tensor(float(number), device=self.loss.device)
         means = accelerator.reduce(torch.stack(list(local.values())).double(), reduction="mean").tolist()
@@ -165,14 +211,15 @@ class Logger:
         progress.seconds += seconds
         progress.seen += images
         progress.broken += round(metrics.pop("broken") * accelerator.num_processes)
-        stopping = bool(metrics.pop("stop") > 0)
+        finite = metrics.pop("finite")
+        metrics["loss"] = metrics["loss"] / finite if finite else math.nan
         entry = {"step": progress.step, "epoch": progress.forwards / run.plan.forwards_per_epoch} | metrics
         entry |= {"learning_rate": run.optimizer.param_groups[0]["lr"], "images_per_second": images / seconds}
         entry |= {"grad_norm": float(grad_norm) if grad_norm is not None else None, "broken_images": progress.broken}
+        entry["skipped_steps"] = progress.skipped
         self._publish(entry)
         self._check(entry)
         self._restart()
-        return stopping
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Write an entry with what decides the course of training from here on, and the batch as it is shared out."""
@@ -201,18 +248,27 @@ class Logger:
         run, progress = self.run, self.run.progress
         overflow_handled = run.accelerator.optimizer_step_was_skipped  # fp16's loss scaler backs off by itself
         norm = entry["grad_norm"]
-        if not math.isfinite(entry["loss"]) or (norm is not None and not math.isfinite(norm) and not overflow_handled):
-            raise RuntimeError(
-                f"Step {entry['step']}: loss {entry['loss']}, gradient norm {norm}. The run stops; the last "
-                f"checkpoint in {run.folder / 'checkpoints'} is good. Try a lower base_lr, a longer warm-up, "
-                "max_grad_norm=1, or mixed_precision bf16 or no instead of fp16."
-            )
+        bad = not math.isfinite(entry["loss"]) or (
+            norm is not None and not math.isfinite(norm) and not overflow_handled
+        )
+        if bad and not run.skips_bad_steps:
+            raise RuntimeError(self._bad_numbers(entry["step"], f"loss {entry['loss']}, gradient norm {norm}"))
         tolerated = run.config.max_bad_fraction * max(progress.seen, min(1000, run.source.num_images))
         if progress.broken > tolerated:
             raise RuntimeError(
                 f"{progress.broken} of {progress.seen} images were broken, more than max_bad_fraction="
                 f"{run.config.max_bad_fraction} allows: repair the data (each image is named above), or raise it."
             )
-        warning = self.alarm(entry["step"], entry)
-        if warning and self.main:
+        for alarm in self.alarms:
+            if warning := alarm(entry["step"], entry):
+                self._warn(warning)
+
+    def _bad_numbers(self, step: int, what: str) -> str:
+        return (
+            f"Step {step}: {what}. The run stops; the last checkpoint in {self.run.folder / 'checkpoints'} is good. "
+            "Try a lower base_lr, a longer warm-up, max_grad_norm=1, or mixed_precision bf16 or no instead of fp16."
+        )
+
+    def _warn(self, warning: str) -> None:
+        if self.main:
             self.bar.write(f"WARNING: {warning}", file=sys.stderr)

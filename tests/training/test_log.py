@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from modeling_micl import MiclConfig, MiclForPreTrainingOutput, micl_loss
-from training.log import CollapseAlarm, MetricsLog, read_metrics
+from training.log import CollapseAlarm, MetricsLog, SpikeAlarm, read_metrics
 from training.monitor import batch_metrics, effective_rank, gigaflop_per_image, provenance
 
 
@@ -167,3 +167,17 @@ def test_numbers_come_with_hardware_and_versions() -> None:
     assert found["hardware"]["cpu_cores"] >= 1
     assert torch.__version__.startswith(found["versions"]["torch"])
     assert {"python", "transformers", "accelerate", "datasets", "modeling-micl"} <= found["versions"].keys()
+
+
+def spikes_of(losses: list[float]) -> list[int]:
+    """Entries that are warned of, in comparison with the four before."""
+    alarm = SpikeAlarm(factor=2.0, entries=4)
+    return [n for n, loss in enumerate(losses) if alarm.check(n, {"loss": loss})]
+
+
+def test_a_loss_far_above_the_recent_ones_is_a_spike_and_said_once() -> None:
+    assert spikes_of([4.0, 3.0, 2.0, 1.0, 5.1]) == [4]  # more than twice the median 2.5
+    assert spikes_of([4.0, 3.0, 2.0, 1.0, 4.9]) == []
+    assert spikes_of([1.0] * 6 + [3.0, 3.0, 1.0, 1.0, 1.0, 3.0]) == [6, 11]
+    assert spikes_of([1.0] * 3 + [9.0]) == []  # too early to say
+    assert spikes_of([math.nan] * 4 + [1.0] * 4 + [math.nan, 1.0, 9.0]) == [10]
