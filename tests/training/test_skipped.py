@@ -283,7 +283,9 @@ def test_what_was_met_beyond_the_resumed_step_comes_again(tmp_path: Path) -> Non
     SkippedLog(path, step=0).add([*skipped([1], step=4), *skipped([2], step=5)])
     with path.open("a") as file:
         file.write('{"step": 6, "epoch": 0, "ind')
-    SkippedLog(path, step=4).add([*skipped([2], step=5)])
+    resumed = SkippedLog(path, step=4)
+    assert indices_in(path) == [1]
+    resumed.add([*skipped([2], step=5)])
     assert path.read_text().count("\n") == len(path.read_text().splitlines()) == 2
     assert indices_in(path) == [1, 2]
     SkippedLog(path, step=0)
