@@ -47,6 +47,7 @@ class ProbeConfig(ClassifierSettings):
     epochs: int = setting(90, "passes over the data that the learning-rate schedule spans")
     base_lr: float = setting(0.1, "learning rate for 256 images per optimiser step")
     weight_decay: float = setting(0.0, "of the head's weight")
+    max_bad_steps: int = setting(0, "only 0: a step whose gradient is not finite stops the probe")
     output_dir: str = setting("runs/linear_probe", "folder for the classifier in model/, and published: the rest")
 
     def validate(self) -> None:
@@ -55,6 +56,11 @@ class ProbeConfig(ClassifierSettings):
         self._validate_few_shot(self.few_shot)
         if self.push_to_hub:
             raise ValueError("push_to_hub is for pre-training and fine-tuning: publish a probe with training.publish.")
+        if self.max_bad_steps:
+            raise ValueError(
+                f"max_bad_steps={self.max_bad_steps} is for pre-training and fine-tuning: the probe's BatchNorm would "
+                "keep what is not finite. Set it to 0."
+            )
         if self.protocol == "published" and self.features == "mean":
             raise ValueError("features='mean' goes with protocol='fast' only: the published protocol probes [CLS].")
 

@@ -93,6 +93,7 @@ class TrainingSettings(DataSettings):
     async_checkpoints: bool = setting(False, "write checkpoints while training goes on, from a copy in CPU memory")
     on_full_disk: Literal["stop", "go_on"] = setting("stop", "when a checkpoint does not fit: end, or try the next")
     process_timeout: int = setting(1800, "seconds that a process waits for the others before it ends the run")
+    max_bad_steps: int = setting(3, "skip so many steps in a row whose gradient is not finite before stopping; 0 none")
     resume: str = setting(
         "auto", "'auto' continues from the newest valid checkpoint if there is one, 'none', or a path"
     )
@@ -107,7 +108,7 @@ class TrainingSettings(DataSettings):
         *("output_dir", "resume", "max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to"),
         *("num_workers", "max_bad_fraction", "gradient_checkpointing", "eval_split"),
         *("push_to_hub", "push_checkpoints", "push_private", "process_timeout", "stream_timeout"),
-        *("keep_every_steps", "async_checkpoints", "on_full_disk"),
+        *("keep_every_steps", "async_checkpoints", "on_full_disk", "max_bad_steps"),
     }
 
     def trackers(self) -> list[str]:
@@ -139,7 +140,7 @@ class TrainingSettings(DataSettings):
         super().validate()
         self._validate_at_least(1, "gradient_accumulation_steps", "epochs", "logging_steps")
         self._validate_at_least(1, "save_steps", "max_steps", "save_total_limit", "shuffle_window", "process_timeout")
-        self._validate_at_least(0, "keep_every_steps")
+        self._validate_at_least(0, "keep_every_steps", "max_bad_steps")
         self._validate_at_least(0, "warmup_epochs", "base_lr", "min_lr", "seed", "weight_decay", "max_grad_norm")
         self._validate_share("crop_min_scale", zero=False)
         self._validate_share("max_bad_fraction")

@@ -291,7 +291,8 @@ class WithErrors(IterableDataset[Item | StreamError]):
 def _start_worker(_: int) -> None:
     fsspec.asyn.reset_lock()  # a lock held while forking would never be released here
     # Signals often reach all processes at once; the main one must still get batches to stop in good order.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
 
 

@@ -12,8 +12,9 @@ from training.loop import train
 from training.optim import layer_decay_optimizer
 from training.parser import parse_settings
 from training.processes import lost_processes, start_accelerator
-from training.run import Run, StopRequest, summary
+from training.run import Run, summary
 from training.source import ImageSource
+from training.stop import STOPPED_STATUS, StopRequest
 from training.supervised import Classify, build_classifier, open_classes, save_classifier, write_classifier
 from training.uploads import Uploads
 
@@ -45,8 +46,8 @@ class Finetune(Classify):
         self.uploads.send_checkpoint(lambda: write_classifier(self, self.judged(), PROGRAM, self.protocol()))
 
 
-def main(config: FinetuneConfig) -> None:
-    """One run from its settings to its classifier."""
+def main(config: FinetuneConfig) -> bool:
+    """One run from its settings to its classifier; returns False if it was stopped before."""
     augmentation = Augmentation(
         crop_min_scale=config.crop_min_scale,
         horizontal_flip=config.horizontal_flip,
@@ -73,7 +74,7 @@ def main(config: FinetuneConfig) -> None:
     accelerator.print(summary(run, {"model": f"{start}, {len(names)} classes, layer decay {config.layer_decay}"}))
     stop = StopRequest()
     task = Finetune(run, config, augmentation, eval_source, uploads)
-    with lost_processes(run), Logger(run, stop, "fine-tuning") as log:
+    with lost_processes(run), Logger(run, "fine-tuning") as log:
         completed = train(run, task, log, stop)
     if completed:
         uploads.wait()
@@ -82,10 +83,13 @@ def main(config: FinetuneConfig) -> None:
         end_trackers(accelerator)
     else:
         log.say_stopped()
+    return completed
 
 
 if __name__ == "__main__":
     try:
-        main(parse_settings(FinetuneConfig, "training.finetune"))
+        completed = main(parse_settings(FinetuneConfig, "training.finetune"))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"training.finetune: {error}")
+    if not completed:
+        sys.exit(STOPPED_STATUS)

@@ -26,7 +26,8 @@ from training.optim import lars_optimizer
 from training.parser import parse_settings
 from training.processes import start_accelerator
 from training.results import METRICS, add_results, save_model, table
-from training.run import Run, StopRequest, summary
+from training.run import Run, summary
+from training.stop import STOPPED_STATUS, StopRequest
 from training.supervised import Classify, build_classifier, open_classes, save_classifier
 
 
@@ -115,8 +116,8 @@ def fold_batch_norm(model: MiclForImageClassification) -> MiclForImageClassifica
     return model
 
 
-def run_published(config: ProbeConfig, accelerator: Accelerator) -> None:
-    """Train the head on random crops, as MAE's main_linprobe.py does."""
+def run_published(config: ProbeConfig, accelerator: Accelerator) -> bool:
+    """Train the head on random crops, as MAE's main_linprobe.py does; returns False if it was stopped before."""
     if accelerator.is_fsdp2:
         raise ValueError("The published probe does not work with FSDP: its one trained layer needs plain processes.")
     source, eval_source, names = open_classes(config, accelerator)
@@ -128,25 +129,33 @@ def run_published(config: ProbeConfig, accelerator: Accelerator) -> None:
     stop = StopRequest()
     augmentation = Augmentation(crop_min_scale=config.crop_min_scale, horizontal_flip=config.horizontal_flip)
     task = Classify(run, config, augmentation, eval_source)
-    with Logger(run, stop, "linear probe") as log:
+    with Logger(run, "linear probe") as log:
         completed = train(run, task, log, stop)
     if not completed:
         log.say_stopped()
-        return
+        return False
     entries = save_classifier(task, fold_batch_norm(task.judged()), log, "training.linear_probe", PUBLISHED)
     if accelerator.is_main_process and Path(str(config.model)).is_dir():
         add_results(Path(str(config.model)), entries)
+    return True
 
 
-def main(config: ProbeConfig) -> None:
-    """One probe by the chosen protocol."""
+def main(config: ProbeConfig) -> bool:
+    """One probe by the chosen protocol; returns False if it was stopped before its end."""
     accelerator = start_accelerator(config)
-    (run_fast if config.protocol == "fast" else run_published)(config, accelerator)
+    completed = True
+    if config.protocol == "fast":
+        run_fast(config, accelerator)
+    else:
+        completed = run_published(config, accelerator)
     accelerator.end_training()
+    return completed
 
 
 if __name__ == "__main__":
     try:
-        main(parse_settings(ProbeConfig, "training.linear_probe"))
+        completed = main(parse_settings(ProbeConfig, "training.linear_probe"))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"training.linear_probe: {error}")
+    if not completed:
+        sys.exit(STOPPED_STATUS)

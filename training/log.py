@@ -1,12 +1,11 @@
-"""The log of a run: metrics.jsonl, the trackers and the progress bar, and the alarms that watch over them."""
+"""The log of a run: metrics.jsonl, the trackers and the progress bar."""
 
 import json
 import math
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from training.agreement import Told
+from training.alarms import Alarm, SpikeAlarm
 from training.data import Batch
 from training.disk import without_stopping
-from training.run import Run, StopRequest
+from training.run import Run
 from training.skipped import SkippedImage
 
 
@@ -33,43 +34,8 @@ SHOWN = {
     "top1_accuracy": ".1%",
 }
 NAMED = 20  # broken images that are named on the terminal
-# Looks at each logged entry and returns a warning, or None.
-Alarm = Callable[[int, dict[str, float]], str | None]
 # The optimiser step and the epoch in which a broken image was met
 Met = tuple[int, int, SkippedImage]
-
-
-class CollapseAlarm:
-    """Warns when the loss stays at ln(contrasted images), the value of guessing.
-
-    Args:
-        contrasted_images: images among which a view must find its own.
-        patience: logged steps in a row, after `first_step`, that count as staying there.
-        first_step: optimiser steps during which a high loss is normal.
-    """
-
-    def __init__(self, contrasted_images: int, patience: int = 5, first_step: int = 200) -> None:
-        self.guessing = math.log(contrasted_images)
-        self.first_step = first_step
-        self.recent: deque[bool] = deque(maxlen=patience)
-
-    def check(self, step: int, metrics: dict[str, float]) -> str | None:
-        """A warning with the likely cause, or None."""
-        self.recent.append(step >= self.first_step and metrics["loss"] > 0.98 * self.guessing)
-        if len(self.recent) < (self.recent.maxlen or 0) or not all(self.recent):
-            return None
-        self.recent.clear()
-        text = (
-            f"The loss {metrics['loss']:.3f} sits at ln(contrasted images) = {self.guessing:.3f}: nothing is learned. "
-        )
-        if metrics.get("negative_cosine", 0) > 0.98:  # not in an entry before a failure
-            return text + (
-                f"All embeddings point the same way (mean cosine of negatives {metrics['negative_cosine']:.3f}). "
-                "Likely the views of an image share too little, as with strokes on an empty ground, or the learning "
-                "rate is too high: lower mask_ratio or base_lr, use larger patches or a longer warm-up. MiCL wants "
-                "natural images."
-            )
-        return text + "Likely the views are too small or too alike between images: lower mask_ratio or temperature."
 
 
 class MetricsLog:
@@ -93,8 +59,9 @@ class MetricsLog:
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry; it must have a step. While the disk is full, entries wait for the next to be written."""
         self.waiting.append(json.dumps(entry) + "\n")
-        size = self.path.stat().st_size if self.path.exists() else 0
         with without_stopping(str(self.path)):
+            self.path.touch()
+            size = self.path.stat().st_size
             try:
                 with self.path.open("a") as file:
                     file.writelines(self.waiting)
@@ -151,13 +118,13 @@ class Logger:
 
     Args:
         run: what is logged.
-        stop: asked at every entry.
         title: of the progress bar.
         alarm: what may be wrong with the training.
     """
 
-    def __init__(self, run: Run, stop: StopRequest, title: str, alarm: Alarm = lambda *_: None) -> None:
-        self.run, self.stop, self.alarm = run, stop, alarm
+    def __init__(self, run: Run, title: str, alarm: Alarm = lambda *_: None) -> None:
+        self.run, self.alarms = run, (SpikeAlarm().check, alarm)
+        self.bad_in_row = 0
         self.main = run.accelerator.is_main_process
         self.file = MetricsLog(run.folder / "metrics.jsonl", run.progress.step) if self.main else None
         self.skipped = SkippedLog(run.folder / "skipped.jsonl", run.progress.step) if self.main else None
@@ -185,14 +152,16 @@ class Logger:
 
     def _restart(self) -> None:
         self.loss = torch.zeros((), device=self.run.accelerator.device)
-        self.forwards = self.images = 0
+        self.finite = torch.zeros((), device=self.run.accelerator.device)  # losses in the sum
+        self.images = 0
         self.broken: list[Met] = []
         self.since = time.perf_counter()
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Take note of one forward pass, without waiting for the device."""
-        self.loss += loss.detach()
-        self.forwards += 1
+        counts = loss.detach().isfinite() | (not self.run.skips_bad_steps)
+        self.loss += torch.where(counts, loss.detach(), 0.0)
+        self.finite += counts
         self.images += len(batch.pixels)
         progress = self.run.progress
         epoch = (progress.forwards - 1) // self.run.plan.forwards_per_epoch
@@ -200,8 +169,24 @@ class Logger:
         if self.run.accelerator.sync_gradients:
             self.bar.update()
 
-    def write(self, measured: dict[str, Tensor], grad_norm: Tensor | None) -> bool:
-        """Write an entry from all processes; returns whether any of them was asked to stop.
+    def follow(self, told: Sequence[Told]) -> bool:
+        """Count skipped steps and name the first in a row; returns whether any process was asked to stop.
+
+        Raises:
+            RuntimeError: if more than `max_bad_steps` were skipped in a row.
+        """
+        limit = self.run.config.max_bad_steps
+        for step, _, skipped in told:
+            self.bad_in_row = self.bad_in_row + 1 if skipped else 0
+            self.run.progress.skipped += skipped
+            if self.bad_in_row > limit:
+                raise RuntimeError(self._bad_numbers(step, f"gradient not finite, {self.bad_in_row} times in a row"))
+            if self.bad_in_row == 1:
+                self._warn(f"Step {step} is skipped: its gradient is not finite (max_bad_steps={limit} in a row).")
+        return any(one.stop for one in told)
+
+    def write(self, measured: dict[str, Tensor], grad_norm: Tensor | None) -> None:
+        """Write an entry from all processes.
 
         Args:
             measured: of this process's last batch, scalars.
@@ -211,8 +196,7 @@ class Logger:
             RuntimeError: if the loss or the gradient is not finite, or too many images are broken.
         """
         run, accelerator, progress = self.run, self.run.accelerator, self.run.progress
-        local = {"loss": self.loss / self.forwards} | measured
-        local["stop"] = torch.tensor(float(self.stop.came), device=self.loss.device)
+        local = {"loss": self.loss, "finite": self.finite} | measured
         for name, number in (("images", self.images), ("broken", len(self.broken))):
             local[name] = torch.tensor(float(number), device=self.loss.device)
         means = accelerator.reduce(torch.stack(list(local.values())).double(), reduction="mean").tolist()
@@ -224,14 +208,15 @@ class Logger:
         if broken := round(metrics.pop("broken") * accelerator.num_processes):  # the same on all processes
             progress.broken += broken
             self._name_broken()
-        stopping = bool(metrics.pop("stop") > 0)
+        finite = metrics.pop("finite")
+        metrics["loss"] = metrics["loss"] / finite if finite else math.nan
         entry = {"step": progress.step, "epoch": progress.forwards / run.plan.forwards_per_epoch} | metrics
         entry |= {"learning_rate": run.optimizer.param_groups[0]["lr"], "images_per_second": images / seconds}
         entry |= {"grad_norm": float(grad_norm) if grad_norm is not None else None, "broken_images": progress.broken}
+        entry["skipped_steps"] = progress.skipped
         self._publish(entry)
         self._check(entry)
         self._restart()
-        return stopping
 
     def _name_broken(self) -> None:
         """Write the images that any process had to skip since the last entry to skipped.jsonl, and name some."""
@@ -267,12 +252,11 @@ class Logger:
         run, progress = self.run, self.run.progress
         overflow_handled = run.accelerator.optimizer_step_was_skipped  # fp16's loss scaler backs off by itself
         norm = entry["grad_norm"]
-        if not math.isfinite(entry["loss"]) or (norm is not None and not math.isfinite(norm) and not overflow_handled):
-            raise RuntimeError(
-                f"Step {entry['step']}: loss {entry['loss']}, gradient norm {norm}. The run stops; the last "
-                f"checkpoint in {run.folder / 'checkpoints'} is good. Try a lower base_lr, a longer warm-up, "
-                "max_grad_norm=1, or mixed_precision bf16 or no instead of fp16."
-            )
+        bad = not math.isfinite(entry["loss"]) or (
+            norm is not None and not math.isfinite(norm) and not overflow_handled
+        )
+        if bad and not run.skips_bad_steps:
+            raise RuntimeError(self._bad_numbers(entry["step"], f"loss {entry['loss']}, gradient norm {norm}"))
         tolerated = run.config.max_bad_fraction * max(progress.seen, min(1000, run.source.num_images))
         if progress.broken > tolerated:
             raise RuntimeError(
@@ -280,6 +264,16 @@ class Logger:
                 f"{run.config.max_bad_fraction} allows: repair the data ({run.folder / 'skipped.jsonl'} names each "
                 "image and its defect), or raise it."
             )
-        warning = self.alarm(entry["step"], entry)
-        if warning and self.main:
+        for alarm in self.alarms:
+            if warning := alarm(entry["step"], entry):
+                self._warn(warning)
+
+    def _bad_numbers(self, step: int, what: str) -> str:
+        return (
+            f"Step {step}: {what}. The run stops; the last checkpoint in {self.run.folder / 'checkpoints'} is good. "
+            "Try a lower base_lr, a longer warm-up, max_grad_norm=1, or mixed_precision bf16 or no instead of fp16."
+        )
+
+    def _warn(self, warning: str) -> None:
+        if self.main:
             self.bar.write(f"WARNING: {warning}", file=sys.stderr)

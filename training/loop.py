@@ -5,14 +5,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from transformers.modeling_outputs import ModelOutput
 
 from modeling_micl.configuration_micl import height_and_width
+from training.agreement import Agreement
 from training.data import Batch, TrainingBatches, TrainingOrder, batches
 from training.images import Transform
 from training.log import Logger
 from training.optim import set_learning_rate
-from training.run import Run, StopRequest, save_run
+from training.run import Run, save_run
+from training.stop import StopRequest, mark_started, mark_stopped
 from training.stream import StreamError
 from training.tensors import whole_tensors
 
@@ -63,7 +66,7 @@ def process_batches(run: Run, task: Task) -> Iterator[Batch]:
     return batches(places, min(config.num_workers, run.plan.images_per_process))
 
 
-def keep_before_failing(run: Run, log: Logger, batches: Iterator[Batch]) -> Iterator[Batch]:
+def keep_before_failing(run: Run, log: Logger, agreement: Agreement, batches: Iterator[Batch]) -> Iterator[Batch]:
     """The batches; if their stream fails, the steps since the last checkpoint are logged and saved first.
 
     Not with several processes: the others are in the next step already and would not join.
@@ -74,54 +77,72 @@ def keep_before_failing(run: Run, log: Logger, batches: Iterator[Batch]) -> Iter
     except StreamError:
         accelerator = run.accelerator
         if accelerator.num_processes == 1 and accelerator.sync_gradients and run.progress.step > first_step:
-            if log.forwards:
+            log.follow(agreement.read())
+            if log.images:
                 log.write({}, None)
-            save_run(run)
+            save_run(run, stopping=True)
         raise
 
 
+def gradient_norm(run: Run) -> Tensor:
+    """The norm of the averaged gradient, the same on all processes, before it is clipped if that is asked for."""
+    parameters, most = list(run.model.parameters()), run.config.max_grad_norm
+    if most or run.accelerator.scaler is not None:  # which is to be divided out first
+        norm = run.accelerator.clip_grad_norm_(parameters, most or math.inf)
+    else:
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return dict(whole_tensors({"norm": norm}))["norm"]  # FSDP gives each process a part
+
+
 def learn(run: Run, task: Task, batch: Batch, with_norm: bool) -> tuple[ModelOutput, Tensor | None]:
-    """Pass a batch forward and backward, and step when it is due; the gradient's norm if asked for."""
+    """Pass a batch forward and backward, and step when it is due; the gradient's norm if it is needed."""
     config, accelerator = run.config, run.accelerator
     grad_norm = None
     with accelerator.accumulate(run.model):
         output = task.forward_backward(batch)
-        if accelerator.sync_gradients and (config.max_grad_norm or with_norm):
-            grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-            grad_norm = dict(whole_tensors({"norm": grad_norm}))["norm"]  # FSDP gives each process a part
+        if accelerator.sync_gradients and (config.max_grad_norm or with_norm or run.skips_bad_steps):
+            grad_norm = gradient_norm(run)
+        if grad_norm is not None and run.skips_bad_steps:
+            # Fused AdamW reads this on the device and does nothing where it is 1, as for a gradient scaler.
+            run.optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
         set_learning_rate(run.optimizer, run.learning_rate())
         run.optimizer.step()
         run.optimizer.zero_grad()
+    if accelerator.sync_gradients and run.averaged is not None:
+        run.averaged.update_parameters(run.unwrapped())
     run.progress.forwards += 1
     return output, grad_norm
 
 
 def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
     """Train to the end of the plan; returns False if the run was asked to stop before, and is saved."""
+    mark_started(run)
     config, accelerator, progress, total_steps = run.config, run.accelerator, run.progress, run.plan.total_steps
     forwards = task.eval_epochs * run.plan.forwards_per_epoch
     eval_every = max(forwards // config.gradient_accumulation_steps, 1) if forwards else 0  # optimiser steps
     if eval_every and progress.step == 0:
         log.write_evaluation(task.evaluate)
     run.model.train()
-    batches_left = keep_before_failing(run, log, process_batches(run, task)) if progress.step < total_steps else ()
-    for batch in batches_left:
+    agreement = Agreement(accelerator)
+    batches_left = process_batches(run, task) if progress.step < total_steps else iter(())
+    for batch in keep_before_failing(run, log, agreement, batches_left):
         step = progress.step + 1  # the one that this pass belongs to
-        save_due = (
-            step % config.save_steps == 0 or step == total_steps or (stop.came and accelerator.num_processes == 1)
-        )
+        save_due = step % config.save_steps == 0 or step == total_steps
         log_due = step % config.logging_steps == 0 or save_due
         output, grad_norm = learn(run, task, batch, with_norm=log_due)
         log.add(batch, output.loss)
         if not accelerator.sync_gradients:
             continue
         progress.step = step
-        if run.averaged is not None:
-            run.averaged.update_parameters(run.unwrapped())
-        stopping = log.write(task.metrics(output), grad_norm) if log_due else False
+        bad = ~grad_norm.isfinite() if grad_norm is not None and run.skips_bad_steps else None
+        stopping = log.follow(agreement.tell(step, stop.came, bad, at_once=log_due))
+        if log_due or stopping:
+            log.write(task.metrics(output), grad_norm)
         if save_due or stopping:
             save_run(run, stopping)
         if stopping:
+            mark_stopped(run)
+            accelerator.wait_for_everyone()  # the launcher ends the others as soon as one has ended
             return False
         if save_due and step < total_steps:
             task.after_checkpoint()
@@ -130,4 +151,5 @@ def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
             run.model.train()
         if step == total_steps:
             break
+    stop.end_at_once(run)
     return True

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput, visible_patches_per_view
 from modeling_micl.configuration_micl import height_and_width
+from training.alarms import CollapseAlarm
 from training.cached import cached_backward
 from training.card import write_card
 from training.config import PretrainConfig
@@ -19,7 +20,7 @@ from training.data import Batch
 from training.features import encoder_features, normalize_pixels
 from training.figures import save_curves
 from training.images import Transform, random_resized_crop
-from training.log import CollapseAlarm, Logger, end_trackers, read_metrics
+from training.log import Logger, end_trackers, read_metrics
 from training.loop import Task, train
 from training.micro_batch import find_micro_batch
 from training.monitor import batch_metrics, gigaflop_per_image
@@ -37,9 +38,10 @@ from training.results import (
     save_model,
     training_facts,
 )
-from training.run import Model, Run, StopRequest, summary
+from training.run import Model, Run, summary
 from training.source import ImageSource, evaluation_split, open_split
 from training.start import load_start, start_from
+from training.stop import STOPPED_STATUS, StopRequest
 from training.uploads import Uploads
 
 
@@ -209,8 +211,8 @@ def finish(run: Run, config: PretrainConfig, log: Logger, eval_source: ImageSour
     end_trackers(accelerator)
 
 
-def main(config: PretrainConfig) -> None:
-    """One run from its settings to its model."""
+def main(config: PretrainConfig) -> bool:
+    """One run from its settings to its model; returns False if it was stopped before."""
     accelerator = start_accelerator(config)
     uploads = Uploads(config, accelerator)
     with accelerator.main_process_first():  # the others find what the first has prepared
@@ -218,17 +220,20 @@ def main(config: PretrainConfig) -> None:
     run = start_run(config, accelerator, source)
     stop = StopRequest()
     alarm = CollapseAlarm(run.plan.contrasted_images)
-    with lost_processes(run), Logger(run, stop, "pre-training", alarm.check) as log:
+    with lost_processes(run), Logger(run, "pre-training", alarm.check) as log:
         log.write_facts({"negatives": config.negatives})
         completed = train(run, Contrast(run, config, eval_source, uploads), log, stop)
     if completed:
         finish(run, config, log, eval_source, uploads)
     else:
         log.say_stopped()
+    return completed
 
 
 if __name__ == "__main__":
     try:
-        main(parse_settings(PretrainConfig, "training.pretrain"))
+        completed = main(parse_settings(PretrainConfig, "training.pretrain"))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"training.pretrain: {error}")
+    if not completed:
+        sys.exit(STOPPED_STATUS)

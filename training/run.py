@@ -1,6 +1,5 @@
-"""A training run: what follows from its settings, how far it is, and how it is saved, resumed and interrupted."""
+"""A training run: what follows from its settings, how far it is, and how it is saved and resumed."""
 
-import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,6 +108,7 @@ class Progress:
     seconds: float = 0.0
     seen: int = 0
     broken: int = 0
+    skipped: int = 0
 
 
 @dataclass
@@ -180,6 +180,15 @@ class Run:
     def last_place(self) -> int:
         """The place behind this process's last."""
         return self.first_place + self.plan.images_per_process
+
+    @property
+    def skips_bad_steps(self) -> bool:
+        """Whether a gradient that is not finite leaves weights and optimiser alone.
+
+        Fused AdamW does so without the host; fp16's loss scaler has its own way.
+        """
+        fused = bool(self.optimizer.defaults.get("fused"))
+        return self.config.max_bad_steps > 0 and fused and self.accelerator.scaler is None
 
     def learning_rate(self) -> float:
         """The rate of the optimiser step that the next forward pass belongs to."""
@@ -288,16 +297,3 @@ def _restore(run: Run, checkpoint: Path) -> None:
     load_checkpoint(run, checkpoint)
     run.progress = Progress(**state["progress"])
     run.accelerator.print(f"resuming from {checkpoint}")
-
-
-class StopRequest:
-    """Remembers that Ctrl-C or SIGTERM came, so that the loop can end between two steps; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.came = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        self.came = True
-        signal.signal(number, signal.SIG_DFL)

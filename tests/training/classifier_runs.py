@@ -117,7 +117,7 @@ def save_encoder(folder: Path, **overrides: Any) -> MiclForPreTraining:
 @contextmanager
 def as_a_new_process(cache: Path) -> Iterator[None]:
     """Forget what accelerate keeps in globals, and give back Ctrl-C, which a run takes over; data is cached here."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)

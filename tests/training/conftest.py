@@ -146,7 +146,7 @@ def forget_accelerators() -> None:
 def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Accelerate keeps its state in globals, and a run takes over Ctrl-C; yields what forgets it between two runs."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     forget_accelerators()
     yield forget_accelerators
     forget_accelerators()

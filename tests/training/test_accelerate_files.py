@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from torch.distributed.run import get_args_parser
 
 import modeling_micl.modeling_micl as models
 
@@ -57,26 +59,45 @@ def test_accelerate_launch_shards_the_layers_of_the_encoder(tmp_path: Path) -> N
     assert hasattr(models, layers[0])
 
 
-def test_the_slurm_job_starts_one_launcher_on_each_machine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ends", ["finished", "stopped", "failed"])
+def test_the_slurm_job_starts_one_launcher_on_each_machine_until_the_run_is_finished(
+    ends: str, tmp_path: Path
+) -> None:
     """With stand-ins for SLURM's and accelerate's commands: srun runs the command once for each of two machines."""
+    run = tmp_path / "my run"
+    run.mkdir()
     for name, lines in {
-        "scontrol": 'printf "node-a\\nnode-b\\n"',
-        "srun": 'for node in 0 1; do SLURM_NODEID=$node "$@"; done',
-        "accelerate": 'echo "$@"',
+        "scontrol": 'if [ $1 = show ]; then printf "node-a\\nnode-b\\n"; else echo "scontrol $@"; fi',
+        "srun": 'for node in 0 1; do SLURM_NODEID=$node "$@" || status=$?; done; exit ${status:-0}',
+        "accelerate": 'echo "$@"; '
+        + {"finished": "", "stopped": f"touch '{run}/STOPPED'; exit 1", "failed": "exit 1"}[ends],
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "17"}
     done = subprocess.run(
-        ["bash", str(FILES / "several_nodes.slurm"), "a.yaml", "--output_dir", "my runs"],
+        ["bash", str(FILES / "several_nodes.slurm"), "a.yaml", str(run), "--report_to", "my trackers"],
         env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    assert done.returncode == (0 if ends == "finished" else 1), done.stderr
+    launched = [
         "launch --config_file training/recipes/accelerate/several_nodes.yaml --num_machines 2 --num_processes 8 "
-        f"--machine_rank {node} --main_process_ip node-a -m training.pretrain --config a.yaml --output_dir my runs"
+        f"--machine_rank {node} --main_process_ip node-a -m training.pretrain --config a.yaml --output_dir {run} "
+        "--report_to my trackers"
         for node in (0, 1)
     ]
+    assert done.stdout.splitlines() == launched + (["scontrol requeue 17"] if ends == "stopped" else [])
+
+
+def test_the_launcher_of_the_slurm_job_passes_on_its_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (FILES / "several_nodes.slurm").read_text()
+    warning = re.search(r"--signal=(\w+)@", script)
+    exported = re.search(r"PET_SIGNALS_TO_HANDLE=(\S+)", script)
+    assert warning
+    assert exported
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", exported[1])
+    read = get_args_parser().parse_args(["program"]).signals_to_handle  # as accelerate does
+    assert f"SIG{warning[1]}" in read.split(",")

@@ -4,6 +4,7 @@ import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
@@ -12,10 +13,10 @@ from assassin import fill_disk
 from run_folder import course, same_weights, saved_steps
 
 from modeling_micl import MiclForPreTraining
-from training import results
+from training import pretrain, results
 from training.checkpoint import DiskFull, find_defect
 from training.config import PretrainConfig
-from training.log import Logger, MetricsLog, read_metrics
+from training.log import MetricsLog, read_metrics
 from training.results import save_model
 
 
@@ -85,16 +86,11 @@ def test_a_run_that_is_asked_to_stop_does_not_say_that_all_is_saved(
 ) -> None:
     write_shards(20)
     fill_disk(monkeypatch, "model.safetensors")
-    write = Logger.write
-
-    def write_and_stop(log: Logger, *args: Any) -> bool:
-        write(log, *args)
-        return True
-
-    monkeypatch.setattr(Logger, "write", write_and_stop)
+    monkeypatch.setattr(pretrain, "StopRequest", lambda: SimpleNamespace(came=True))
     with pytest.raises(DiskFull, match="step 1"):
         run_pretraining(settings(max_steps=6, on_full_disk="go_on"))
     assert "all saved" not in capsys.readouterr().out
+    assert not (Path(settings().output_dir) / "STOPPED").exists()
 
 
 def test_entries_of_the_log_wait_until_there_is_space(

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from modeling_micl import MiclConfig, MiclForPreTrainingOutput, micl_loss
-from training.log import CollapseAlarm, MetricsLog, read_metrics
+from training.log import MetricsLog, read_metrics
 from training.monitor import batch_metrics, effective_rank, gigaflop_per_image, provenance
 
 
@@ -69,43 +69,6 @@ def test_three_views_have_metrics_too() -> None:
     metrics = batch_metrics(output_of(torch.eye(4).unsqueeze(1).repeat(1, 3, 1)))
     assert float(metrics["contrastive_accuracy"]) == 1.0
     assert float(metrics["negative_cosine"]) == 0.0
-
-
-def alarm_of(losses: list[float], cosine: float = 0.5, first_step: int = 0) -> list[str]:
-    """Warnings for these losses of 64 contrasted images, logged every ten steps."""
-    alarm = CollapseAlarm(contrasted_images=64, patience=5, first_step=first_step)
-    found = (alarm.check(10 * n, {"loss": loss, "negative_cosine": cosine}) for n, loss in enumerate(losses))
-    return [warning for warning in found if warning]
-
-
-GUESSING = math.log(64)
-
-
-def test_the_alarm_sounds_after_a_loss_that_stays_at_guessing() -> None:
-    assert alarm_of([GUESSING] * 4) == []
-    assert len(alarm_of([GUESSING] * 5)) == 1
-    assert len(alarm_of([0.985 * GUESSING] * 5)) == 1
-    assert alarm_of([0.97 * GUESSING] * 50) == []
-    assert "ln(contrasted images) = 4.159" in alarm_of([GUESSING] * 5)[0]
-
-
-def test_the_alarm_starts_over_after_a_lower_loss_and_after_sounding() -> None:
-    assert alarm_of(([GUESSING] * 4 + [1.0]) * 10) == []
-    assert len(alarm_of([GUESSING] * 14)) == 2
-
-
-def test_the_alarm_is_silent_at_the_beginning() -> None:
-    assert alarm_of([GUESSING] * 24, first_step=200) == []
-    assert len(alarm_of([GUESSING] * 25, first_step=200)) == 1
-
-
-def test_the_alarm_tells_collapse_from_a_stall() -> None:
-    collapsed, stalled = alarm_of([GUESSING] * 5, cosine=0.999)[0], alarm_of([GUESSING] * 5, cosine=0.4)[0]
-    assert "point the same way" in collapsed
-    assert "natural images" in collapsed
-    assert "point the same way" not in stalled
-    for warning in (collapsed, stalled):
-        assert "lower mask_ratio" in warning
 
 
 def test_a_new_log_is_empty_and_a_resumed_one_ends_at_its_step(tmp_path: Path) -> None:

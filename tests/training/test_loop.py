@@ -13,12 +13,13 @@ from PIL import Image
 from run_folder import course, same_weights
 
 from training import pretrain
+from training.alarms import CollapseAlarm
 from training.config import PretrainConfig
 from training.data import Batch, EvaluationImages, batches
 from training.features import normalize_pixels
 from training.images import central_crop
 from training.judge import fit_probe
-from training.log import CollapseAlarm, read_metrics
+from training.log import read_metrics
 from training.pretrain import Contrast
 from training.source import open_source
 

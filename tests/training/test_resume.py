@@ -21,7 +21,8 @@ from training import run as run_module
 from training.checkpoint import find_defect
 from training.config import PretrainConfig
 from training.log import Logger, read_metrics
-from training.run import Progress, Run, StopRequest
+from training.run import Progress, Run
+from training.stop import STOPPED_STATUS
 
 
 Write = Callable[..., Path]
@@ -224,7 +225,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[signal.Signals, int]
     return send
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 @pytest.mark.parametrize("options", [{}, {"logging_steps": 4}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_an_interrupted_run_saves_and_continues(
     number: signal.Signals,
@@ -244,19 +245,12 @@ def test_an_interrupted_run_saves_and_continues(
     assert 1 <= stopped < 8
     assert f"Stopped at step {stopped}, all saved" in capsys.readouterr().out
     assert not (run / "model").exists()
+    assert (run / "STOPPED").read_text() == f"step {stopped}\n"
     run_pretraining(settings(max_steps=8, **options))
+    assert not (run / "STOPPED").exists()
     assert same_weights(whole, run)
     if "logging_steps" not in options:
         assert course(whole) == course(run)
-
-
-@pytest.mark.usefixtures("no_accelerator")
-def test_a_second_signal_ends_at_once() -> None:
-    stop = StopRequest()
-    assert not stop.came
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.came
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 # The command
@@ -302,7 +296,7 @@ def test_a_signal_to_all_processes_loses_nothing(
     _, complaints = uninterrupted.communicate(timeout=HANGS)
     assert uninterrupted.returncode == 0, complaints
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         config = settings(epochs=60, num_workers=1, output_dir=str(tmp_path / number.name))
         run = Path(config.output_dir)
         first = start_command(config)
@@ -313,7 +307,7 @@ def test_a_signal_to_all_processes_loses_nothing(
             time.sleep(0.01)
         os.killpg(first.pid, number)
         printed, complaints = first.communicate(timeout=HANGS)
-        assert first.returncode == 0, complaints
+        assert first.returncode == STOPPED_STATUS == 75, complaints
         assert "Traceback" not in complaints
         (stopped,) = saved_steps(run)
         assert 20 <= stopped < 300
