@@ -43,7 +43,7 @@ def train(tmp_path: Path, write_shards: Callable[..., Path]) -> Train:
         variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home")}
         variables |= {"FAULT": json.dumps(fault)} | (environment or {})
         return subprocess.run(
-            command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=600, check=False
         )
 
     return train
@@ -64,7 +64,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 def wait_for_end(run: Path) -> int:
     """The step at which processes that have lost their launcher say that they have stopped."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (run / "STOPPED").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)

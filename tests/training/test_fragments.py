@@ -169,7 +169,7 @@ def test_two_processes_find_what_one_does(folder: Path) -> None:
         own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "home")}
         environment = os.environ | own
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("fragments find their image") == 1

@@ -84,7 +84,7 @@ def test_the_others_end_in_time_and_the_same_command_goes_on(lost: signal.Signal
     saved = max(int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*"))
     assert saved < STEPS
     pair = start()
-    printed = [process.communicate(timeout=120) for process in pair]
+    printed = [process.communicate(timeout=600) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], printed[0][1][-3000:]
     assert f"step-{saved:06d}" in printed[0][0]  # resuming from it
     steps = [entry["step"] for entry in read_metrics(run / "metrics.jsonl") if "loss" in entry]

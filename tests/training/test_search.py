@@ -260,7 +260,7 @@ def test_the_command_prints_a_table_or_what_is_wrong(folder: Path) -> None:
     for more, status in (["--visible", "0.5"], 0), (["--dataset", str(folder / "model")], 1):
         command = [sys.executable, "-m", "training.search", *flags, *more]
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == status
         if status == 0:
