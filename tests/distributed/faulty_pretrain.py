@@ -41,7 +41,7 @@ def add_and_signal(self: Logger, *args: Any) -> None:
 def whole_and_checksum(self: Run) -> Any:
     model = whole(self)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
-    print(f"weights {digest.hexdigest()}", flush=True)  # noqa: T201
+    os.write(1, f"weights {digest.hexdigest()}\n".encode())  # in one piece, as the other process writes there, too
     return model
 
 

@@ -241,7 +241,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_shards(41)
-    config = settings(max_steps=20, save_steps=3, logging_steps=logging_steps)
+    config = settings(max_steps=20, save_steps=3, logging_steps=logging_steps, max_bad_steps=0)
     broken_after(4)
     with pytest.raises(RuntimeError):
         run_pretraining(config)
@@ -267,7 +267,20 @@ def test_a_loss_that_is_no_number_is_named_with_advice(
     write_shards(41)
     broken_after(4)
     with pytest.raises(RuntimeError, match=f"Step {noticed}: loss nan.*lower base_lr"):
-        run_pretraining(settings(max_steps=20, save_steps=3, logging_steps=logging_steps))
+        run_pretraining(settings(max_steps=20, save_steps=3, logging_steps=logging_steps, max_bad_steps=0))
+
+
+def test_steps_are_skipped_before_a_run_of_bad_ones_stops(
+    write_shards: Write, settings: Settings, run_pretraining: Train, broken_after: Callable[[int], None]
+) -> None:
+    write_shards(41)
+    config = settings(max_steps=20, save_steps=3)
+    broken_after(4)
+    with pytest.raises(RuntimeError, match=r"Step 8: gradient not finite, 4 times in a row\..*lower base_lr"):
+        run_pretraining(config)
+    run = Path(config.output_dir)
+    assert saved_steps(run) == [3, 6]
+    assert all(finite_checkpoints(run))
 
 
 def test_an_absurd_learning_rate_stops_the_run_with_advice(
