@@ -22,8 +22,15 @@ from transformers.modeling_outputs import (
     ImageClassifierOutput,
     ModelOutput,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
-from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTPatchEmbeddings, ViTPreTrainedModel
+from transformers.models.vit.modeling_vit import (
+    ViTAttention,
+    ViTLayer,
+    ViTPatchEmbeddings,
+    ViTPreTrainedModel,
+    eager_attention_forward,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -168,17 +175,39 @@ class MiclEmbeddings(nn.Module):
 
 
 class MiclLayer(ViTLayer):
-    """Stock pre-norm layer with stochastic depth on both residual branches."""
+    """Stock pre-norm layer with stochastic depth on both residual branches, for all tokens or [CLS] alone."""
 
     def __init__(self, config: MiclConfig, drop_path_rate: float) -> None:
         super().__init__(config)
         self.drop_path = Dinov2DropPath(drop_path_rate)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, cls_only: bool = False, **kwargs: Any
+    ) -> Tensor:
+        """(N, T, D) -> the same, or with `cls_only` (N, 1, D), its first row without computing the others."""
+        normalized = self.layernorm_before(hidden_states)
+        if cls_only:
+            attended, hidden_states = self._attended_by_cls(normalized, **kwargs), hidden_states[:, :1]
+        else:
+            attended, _ = self.attention(normalized, attention_mask, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.dropout(attended))
         transformed: Tensor = self.drop_path(self.dropout(self.mlp(self.layernorm_after(hidden_states))))
         return hidden_states + transformed
+
+    def _attended_by_cls(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """The first row of the attention's output, (N, T, D) -> (N, 1, D): every token has a key, only [CLS] asks."""
+        attention = self.attention
+        projected = (attention.q_proj(tokens[:, :1]), attention.k_proj(tokens), attention.v_proj(tokens))
+        query, key, value = (part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in projected)
+        dropout = attention.attention_dropout if self.training else 0.0
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(attention, query, key, value, None, dropout=dropout, scaling=attention.scaling, **kwargs)
+        output: Tensor = attention.o_proj(attended.flatten(2))
+        return output
+
+
+# What `output_hidden_states` and `output_attentions` record.
+RECORDED = {"hidden_states": MiclLayer, "attentions": ViTAttention}
 
 
 class MiclPreTrainedModel(ViTPreTrainedModel):
@@ -187,7 +216,7 @@ class MiclPreTrainedModel(ViTPreTrainedModel):
     config_class = MiclConfig
     config: MiclConfig
     _no_split_modules = ["MiclEmbeddings", "MiclLayer"]
-    _can_record_outputs = {"hidden_states": MiclLayer, "attentions": ViTAttention}
+    _can_record_outputs = RECORDED
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside transformers the base class skips every module without parameters of its own, as attention
@@ -261,6 +290,7 @@ class MiclModel(MiclPreTrainedModel, ViTModel):
         pixel_values: Tensor,
         ids_visible: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        cls_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode images.
@@ -270,6 +300,8 @@ class MiclModel(MiclPreTrainedModel, ViTModel):
             ids_visible: (B, V, K) int64 patch indices, row-major over the patch grid. When given, only these patches
                 are embedded and each view is a sequence of its own; otherwise nothing is masked.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
+            cls_only: only [CLS] is wanted, so `last_hidden_state` has but that row. The last layer does not compute
+                the others then, unless all hidden states or attentions are asked for.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
@@ -291,9 +323,12 @@ class MiclModel(MiclPreTrainedModel, ViTModel):
             )
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, ids_visible, interpolate_pos_encoding)
-        for layer in self.layers:
+        recorded = any(kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}")) for name in RECORDED)
+        *layers, last_layer = self.layers
+        for layer in layers:
             hidden_states = layer(hidden_states, **kwargs)
-        hidden_states = self.layernorm(hidden_states)
+        hidden_states = last_layer(hidden_states, cls_only=cls_only and not recorded, **kwargs)
+        hidden_states = self.layernorm(hidden_states[:, :1] if cls_only else hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
 
 
@@ -341,7 +376,7 @@ class MiclForPreTraining(MiclPreTrainedModel):
             raise ValueError("noise and ids_visible both say which patches are visible: pass only one of them.")
         elif ids_visible.ndim != 3 or ids_visible.shape[1] < 2:
             raise ValueError(f"ids_visible must have shape (B, V, K) with V >= 2, got {tuple(ids_visible.shape)}.")
-        outputs = self.vit(pixel_values, ids_visible, interpolate_pos_encoding, **kwargs)
+        outputs = self.vit(pixel_values, ids_visible, interpolate_pos_encoding, cls_only=True, **kwargs)
 
         # The similarities decide everything: in full precision even under autocast or with half-precision weights.
         with maybe_autocast(pixel_values.device.type, enabled=False):

@@ -86,12 +86,13 @@ def encoder_features(
         views: draws the visible patches (n, 1, K) of a batch; unset, whole images are seen.
         normalization: the model's own; see `stored_normalization`.
     """
+    options = {"cls_only": True} if isinstance(model, MiclModel) and pooling == "cls" else {}
 
     def extract(batch: Batch) -> Tensor:
         pixels = normalize_pixels(batch.pixels, normalization)
         ids_visible = views(batch) if views else None
         with accelerator.autocast():
-            output = model(pixels, ids_visible=ids_visible)
+            output = model(pixels, ids_visible=ids_visible, **options)
         if isinstance(output, ImageClassifierOutput):
             features: Tensor = output.logits
         else:

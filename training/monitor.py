@@ -54,12 +54,18 @@ def effective_rank(embeds: Tensor) -> Tensor:
 def gigaflop_per_image(config: MiclConfig) -> float:
     """GFLOP of the encoder's layers for one image, forward and backward (twice the forward), all views.
 
-    A multiplication and an addition are two operations; embeddings, norms and the loss are left out.
+    A multiplication and an addition are two operations; embeddings, norms and the loss are left out. In the last layer
+    all tokens have keys and values, the rest is for [CLS] alone.
     """
     patches_per_view = visible_patches_per_view(config.num_patches, config.mask_ratio, config.num_views)
-    tokens, width = 1 + patches_per_view, config.hidden_size
-    per_layer = tokens * (8 * width**2 + 4 * width * config.intermediate_size) + 4 * tokens**2 * width
-    return 3 * config.num_views * config.num_hidden_layers * per_layer / 1e9
+    tokens, width, last = 1 + patches_per_view, config.hidden_size, config.num_hidden_layers - 1
+
+    def layer(asking: int) -> int:
+        """A layer in which so many of the tokens have queries."""
+        per_asking_token = 4 * width**2 + 4 * tokens * width + 4 * width * config.intermediate_size
+        return tokens * 4 * width**2 + asking * per_asking_token
+
+    return 3 * config.num_views * (last * layer(tokens) + layer(1)) / 1e9
 
 
 def provenance() -> dict[str, Any]:

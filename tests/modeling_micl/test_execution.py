@@ -38,11 +38,40 @@ def test_every_attention_implementation_gives_the_eager_numbers(
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def gradients(model: MiclPreTrainedModel, pixel_values: Tensor, ids_visible: Tensor) -> dict[str, Tensor]:
+def gradients(
+    model: MiclPreTrainedModel, pixel_values: Tensor, ids_visible: Tensor, **options: Any
+) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(7)  # of drop path
-    model(pixel_values, ids_visible=ids_visible).loss.backward()
+    model(pixel_values, ids_visible=ids_visible, **options).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_last_layer_for_cls_alone_gives_the_gradients_of_the_whole_one(
+    attention: str, depth: int, tiny_model: Model, pixel_values: Tensor
+) -> None:
+    model = tiny_model(MiclForPreTraining, drop_path_rate=0.3, num_hidden_layers=depth).double().train()
+    model.set_attn_implementation(attention)
+    tokens = []
+    model.vit.layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    ids_visible = sample_views(3, 16, 0.5)
+    whole = gradients(model, pixel_values, ids_visible, output_hidden_states=True)
+    short = gradients(model, pixel_values, ids_visible)
+    assert tokens == [5, 1]
+    torch.testing.assert_close(short, whole, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("recorded", [{}, {"output_attentions": True}])
+def test_the_encoder_gives_cls_alone_on_request(
+    recorded: dict[str, bool], tiny_model: Model, pixel_values: Tensor
+) -> None:
+    model = tiny_model(MiclModel, attn_implementation="eager")
+    outputs = model(pixel_values, cls_only=True, **recorded)
+    assert outputs.last_hidden_state.shape == (3, 1, 32)
+    torch.testing.assert_close(outputs.last_hidden_state[:, 0], outputs.pooler_output)
+    torch.testing.assert_close(outputs.pooler_output, model(pixel_values).pooler_output)
 
 
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
