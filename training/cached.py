@@ -1,13 +1,13 @@
 """A contrastive batch of any size in the memory of a small one (GradCache; Gao et al. 2021, arXiv 2101.06983).
 
-The loss needs the embeddings of all images at once, but the graphs of a few at a time are enough for its gradient:
+The loss needs the embeddings of all images at once, but the graph of a few at a time is enough for its gradient:
 
-1. Embed all micro-batches without graph, remembering the random state before each.
+1. Embed all micro-batches, remembering the random state before each. Only the last one keeps its graph.
 2. Compute the loss of all embeddings, and its gradient at each of them.
-3. Embed each micro-batch again with graph, from the same views and the same random state, and pass its rows of that
-   gradient backward.
+3. Pass the last micro-batch's rows of that gradient backward. Embed each other micro-batch again with graph, from the
+   same views and the same random state, and do the same.
 
-The result is the gradient of the plain loss. It costs one more forward pass.
+The result is the gradient of the plain loss. It costs one more forward pass of all micro-batches but the last.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput
@@ -48,21 +48,24 @@ def cached_backward(
         model: a prepared `MiclForPreTraining`.
         embed: runs it on some of the images.
         images: of this process.
-        images_per_pass: of a micro-batch; divides `images`.
+        images_per_pass: of a micro-batch; divides `images`, less than them.
 
     Returns:
         Loss, logits, embeddings and views of all images, without graph.
     """
     micro_batches = [slice(first, first + images_per_pass) for first in range(0, images, images_per_pass)]
+    *others, last = micro_batches
 
-    # (1) All embeddings, without graph.
+    # (1) All embeddings. Processes add up their gradients once, in the last backward pass.
     random_states, outputs = [], []
-    for rows in micro_batches:
-        random_states.append(RandomState(accelerator.device))
-        with torch.no_grad():
-            outputs.append(embed(rows))
+    with accelerator.no_sync(model):
+        for rows in micro_batches:
+            random_states.append(RandomState(accelerator.device))
+            with torch.set_grad_enabled(rows is last):
+                outputs.append(embed(rows))
+    random_state_afterwards = RandomState(accelerator.device)
     view_embeds, ids_visible = (
-        torch.cat([getattr(output, name) for output in outputs]) for name in ("view_embeds", "ids_visible")
+        torch.cat([getattr(output, name).detach() for output in outputs]) for name in ("view_embeds", "ids_visible")
     )
 
     # (2) Their loss and its gradient at each of them, over all processes if negatives are global.
@@ -72,14 +75,20 @@ def cached_backward(
     loss, logits = unwrapped.contrast(view_embeds)
     (gradient,) = torch.autograd.grad(loss, view_embeds)
 
-    # (3) Each micro-batch again, with graph. Processes add up their gradients once, at the end.
-    for rows, random_state in zip(micro_batches, random_states, strict=True):
+    # (3) Back through the graph that is there, then through that of each other micro-batch, one at a time.
+    with accelerator.no_sync(model):
+        _pass_backward(accelerator, outputs.pop(), gradient[last])
+    for rows, random_state in zip(others, random_states, strict=False):
         random_state.restore()
-        synchronize = accelerator.sync_gradients and rows is micro_batches[-1]
+        synchronize = accelerator.sync_gradients and rows is others[-1]
         with nullcontext() if synchronize else accelerator.no_sync(model):
-            again = embed(rows).view_embeds
-            assert again is not None
-            accelerator.backward((again * gradient[rows]).sum())
+            _pass_backward(accelerator, embed(rows), gradient[rows])
+    random_state_afterwards.restore()
     return MiclForPreTrainingOutput(
         loss=loss.detach(), logits=logits.detach(), view_embeds=view_embeds.detach(), ids_visible=ids_visible
     )
+
+
+def _pass_backward(accelerator: Accelerator, output: MiclForPreTrainingOutput, gradient: Tensor) -> None:
+    assert output.view_embeds is not None
+    accelerator.backward((output.view_embeds * gradient).sum())

@@ -94,6 +94,23 @@ def test_the_gradient_is_that_of_all_passes_at_once(
     assert_same(gradients(model), expected, 1e-2 if precision == "bf16" else tolerance)
 
 
+def test_the_next_step_draws_what_it_would_have_drawn(tiny_model: Build) -> None:
+    accelerator, model = prepared(tiny_model(MiclForPreTraining, hidden_dropout_prob=0.3))
+    drawn = []
+    for learn in (learn_at_once, learn_cached):
+        learn(accelerator, model)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_every_micro_batch_but_the_last_is_embedded_twice(tiny_model: Build) -> None:
+    accelerator, model = prepared(tiny_model(MiclForPreTraining))
+    with_graph = []
+    model.register_forward_pre_hook(lambda *_: with_graph.append(torch.is_grad_enabled()))
+    learn_cached(accelerator, model, images=8, micro=2)
+    assert with_graph == [False, False, False, True] + [True, True, True]
+
+
 @pytest.mark.parametrize("options", [{"drop_path_rate": 0.5}, {"hidden_dropout_prob": 0.3}], ids=str)
 def test_a_lost_random_state_is_noticed(
     options: dict[str, Any], tiny_model: Build, monkeypatch: pytest.MonkeyPatch
@@ -156,13 +173,19 @@ def peak_of_graph(learn: Callable[[], Any]) -> int:
     return peak
 
 
+def contrast_random(model: MiclForPreTraining, images: int) -> None:
+    view_embeds = torch.randn(images, model.config.num_views, model.config.hidden_size, requires_grad=True)
+    torch.autograd.grad(model.contrast(view_embeds)[0], view_embeds)
+
+
 def test_memory_follows_the_passes_and_not_the_batch(tiny_model: Build) -> None:
     accelerator, model = prepared(tiny_model(MiclForPreTraining, num_hidden_layers=4))
     measured = {
         (images, micro): peak_of_graph(partial(learn_cached, accelerator, model, images, micro))
         for images, micro in ((16, 4), (32, 4), (32, 8))
     }
-    assert measured[32, 4] == measured[16, 4]
+    of_loss = {images: peak_of_graph(partial(contrast_random, model, images)) for images in (16, 32)}
+    assert measured[32, 4] - of_loss[32] == measured[16, 4] - of_loss[16]  # the one graph that is kept for the loss
     assert 1.5 * measured[32, 4] < measured[32, 8] < 2 * measured[32, 4]
     plain = peak_of_graph(partial(learn_at_once, accelerator, model, 32, 8))
     assert plain > 3.5 * measured[32, 8]
