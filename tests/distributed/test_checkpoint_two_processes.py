@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_micl import MiclConfig, MiclForPreTraining
-from training.checkpoint import DiskFull, load_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointWriter, DiskFull, load_checkpoint
 from training.optim import build_optimizer
 
 
@@ -59,7 +59,9 @@ def train(run: SimpleNamespace, step: int) -> None:
 
 
 def save(run: SimpleNamespace, folder: Path, *name: str) -> None:
-    save_checkpoint(run, folder / "-".join(name), 2, {}, keep=1)
+    writer = CheckpointWriter(folder / "-".join(name), keep=1)
+    writer.begin(run, 2, {}, copy=False)
+    writer.finish()
 
 
 def train_and_save(accelerator: Accelerator, kind: str, folder: Path) -> None:
