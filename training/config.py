@@ -74,6 +74,9 @@ class TrainingSettings(DataSettings):
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images is broken, in [0, 1]")
 
     gradient_checkpointing: bool = setting(False, "save memory: recompute each layer in the backward pass")
+    torch_compile: Literal["no", "default", "reduce-overhead"] = setting(
+        "no", "compile the model in this mode of torch.compile; 'reduce-overhead' is for small models on a GPU"
+    )
     gradient_accumulation_steps: int = setting(1, "batches per optimiser step; adds no negatives")
     epochs: int = setting(200, "passes over the data that the learning-rate schedule spans")
     warmup_epochs: float = setting(10, "epochs of linear warm-up from 0")
@@ -106,7 +109,7 @@ class TrainingSettings(DataSettings):
     # What may differ when a run is resumed: it changes neither the model nor the course of training.
     CHANGEABLE: ClassVar[set[str]] = {
         *("output_dir", "resume", "max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to"),
-        *("num_workers", "max_bad_fraction", "gradient_checkpointing", "eval_split"),
+        *("num_workers", "max_bad_fraction", "gradient_checkpointing", "torch_compile", "eval_split"),
         *("push_to_hub", "push_checkpoints", "push_private", "process_timeout", "stream_timeout"),
         *("keep_every_steps", "async_checkpoints", "on_full_disk", "max_bad_steps"),
     }
@@ -299,6 +302,11 @@ class PretrainConfig(TrainingSettings):
                 "change the one of a recipe, not remove it."
             )
         check_contrasted(self.contrastive_batch_size, "contrastive_batch_size", self.contrastive_batch_size)
+        if self.torch_compile == "reduce-overhead" and (self.per_device_micro_batch_size or self.find_micro_batch):
+            raise ValueError(
+                "torch_compile='reduce-overhead' replays its outputs in place, and the cached loss has to keep those "
+                "of all micro-batches: use 'default', or leave out the micro-batch."
+            )
         if self.per_device_micro_batch_size is not None:
             whole = f"contrastive_batch_size={self.contrastive_batch_size}"
             check_micro_batch(self.per_device_micro_batch_size, self.contrastive_batch_size, whole)
