@@ -6,6 +6,7 @@ takes a part of the images for all of them.
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
@@ -100,8 +101,9 @@ class Shards(IterableDataset["int | RuntimeError"]):
     ) -> None:
         self.about, self.folder, self.recoding, self.missing = about, folder, recoding, missing
         assert source.rows.features is not None
-        self.features = decoding(source.rows.features, False)
-        self.schema = decoding(source.rows.features, True).arrow_schema
+        # Where a WebDataset's tar was is nothing for whoever gets the shards.
+        features = datasets.Features({name: kind for name, kind in source.rows.features.items() if name != "__url__"})
+        self.features, self.schema = decoding(features, False), decoding(features, True).arrow_schema
         self.source = _undecoded(source, self.features)
         self.edges = edges_of_shards(about)
 
@@ -280,5 +282,5 @@ def prepare_split(
     for file in sorted(unfinished.glob(f"{source.split}-*.parquet")):
         file.rename(data / file.name)
     synchronise_folder(data)
-    if not any(unfinished.iterdir()):
-        unfinished.rmdir()
+    if all(left.name.startswith(".tmp-") for left in unfinished.iterdir()):
+        shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's process may just be removing its own
