@@ -7,6 +7,7 @@ takes a part of the images for all of them.
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from training.data import MAX_LANES, MIN_ROWS_PER_LANE, run_in_workers, worker_number
 from training.disk import is_disk_full, synchronise_folder
@@ -108,6 +109,8 @@ class Shards(IterableDataset["int | RuntimeError"]):
         self.edges = edges_of_shards(about)
 
     def __iter__(self) -> Iterator["int | RuntimeError"]:
+        if get_worker_info():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing to end in good order, unlike in training
         mine = share_of(self.missing, *worker_number())
         if not mine:
             return

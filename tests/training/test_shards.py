@@ -12,9 +12,10 @@ from typing import IO, Any
 import pytest
 from prepared import contents, run, settings, shard_names, write_split
 
-from training import prepare
+from training import prepare, shards
 from training.recoding import Recoding
-from training.shards import usual_number_of_shards
+from training.shards import Shards, about_split, read_facts, usual_number_of_shards
+from training.source import open_source
 
 
 Run = Callable[..., Path]
@@ -107,6 +108,26 @@ def test_a_killed_run_goes_on_while_its_workers_still_write(
     assert contents(out) == whole
 
 
+def test_a_process_that_outlives_its_run_cannot_spoil_the_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "ROWS_PER_GROUP", 3)
+    source = open_source(str(folder / "source"), all_columns=True)
+    about, recoding, out = about_split(source, Recoding(24), 4), Recoding(24), folder / "out"
+    out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)
+        orphan = iter(Shards(source, out, about, recoding, [0]))
+        next(orphan)
+    (left,) = out.iterdir()
+    left.unlink()
+    successor = iter(Shards(source, out, about, recoding, [0]))
+    next(successor)
+    with pytest.raises(FileNotFoundError):
+        list(orphan)
+    assert list(successor) == [3, 2]
+    (file,) = out.iterdir()
+    assert read_facts(file)[1].images_in == 8
+
+
 def test_a_split_is_not_there_before_it_is_whole(
     run_prepare: Run, whole: dict[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
 ) -> None:
@@ -125,6 +146,7 @@ def test_a_split_is_not_there_before_it_is_whole(
             patch.setattr(Path, method, die)
             with pytest.raises(KeyboardInterrupt):
                 run_prepare()
+        assert not list((folder / "out").rglob(".tmp-*"))
         assert len(shard_names(folder / "out")) == (0 if method == "replace" else 2)
     assert len(decoded) == 33 + len(range(16, 24))  # the third shard twice
     assert contents(run_prepare()) == whole
