@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import pytest
 from prepared import contents, run, settings, shard_names, write_split
+from tqdm.auto import tqdm
 
 from training import prepare, shards
 from training.recoding import Recoding
@@ -94,6 +95,8 @@ def test_a_killed_run_goes_on_while_its_workers_still_write(
 
     with monkeypatch.context() as patch:
         patch.setattr(Recoding, "recode", slowly)
+        # The lock of the progress bars is shared with forks: a killed one must not have it.
+        patch.setattr(prepare, "tqdm", partial(tqdm, disable=True))
         killed = get_context("fork").Process(target=prepare.main, args=(settings(folder, num_workers=2),))
         killed.start()
         deadline = time.monotonic() + 60
