@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from training import prepare, shards
 from training.recoding import Recoding
-from training.shards import Shards, about_split, read_facts, usual_number_of_shards
+from training.shards import Shards, about_split, prepare_split, read_facts, usual_number_of_shards
 from training.source import open_source
 
 
@@ -64,7 +64,16 @@ def whole(folder: Path, run_prepare: Run) -> dict[str, bytes]:
 
 
 def test_workers_write_what_one_process_does(run_prepare: Run, whole: dict[str, bytes]) -> None:
-    assert contents(run_prepare(num_workers=2)) == whole
+    out = run_prepare(num_workers=2)
+    assert contents(out) == whole
+    assert not (out / ".unfinished").exists()
+
+
+def test_workers_share_the_shards(folder: Path) -> None:
+    source = open_source(str(folder / "source"), all_columns=True)
+    done: list[int] = []
+    prepare_split(source, folder / "out", about_split(source, Recoding(24), 4), Recoding(24), 2, done.append)
+    assert done == [8, 8, 8, 9]
 
 
 def test_what_is_there_already_is_not_decoded_again(
@@ -153,6 +162,28 @@ def test_a_split_is_not_there_before_it_is_whole(
         assert len(shard_names(folder / "out")) == (0 if method == "replace" else 2)
     assert len(decoded) == 33 + len(range(16, 24))  # the third shard twice
     assert contents(run_prepare()) == whole
+
+
+def test_what_another_split_has_got_so_far_stays(
+    folder: Path, run_prepare: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_split(folder / "source", "test", lengths=(4,), first=100)
+    replace, counter = Path.replace, iter(range(100))
+
+    def die(self: Path, target: Path) -> Path:
+        if self.suffix == ".parquet" and next(counter) == 2:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            run_prepare()
+    run_prepare(split=["test"])
+    assert [path.name[:11] for path in sorted((folder / "out" / ".unfinished").iterdir())] == [
+        "train-00000",
+        "train-00001",
+    ]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
