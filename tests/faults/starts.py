@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+import torch
 
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +86,7 @@ def _fork(flags: Sequence[str], log: Path, environment: dict[str, str]) -> psuti
     status = 1
     try:
         os.environ |= environment
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # torch has read it
         file = os.open(log, os.O_APPEND | os.O_WRONLY)
         os.dup2(file, 1)
         os.dup2(file, 2)

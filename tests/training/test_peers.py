@@ -1,0 +1,133 @@
+"""Who is lost, told by what each process last wrote into a store.
+
+Between threads here; between processes in `test_processes.py`.
+"""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch.distributed as dist
+
+from training import peers
+from training.peers import AT_WORK, GAVE_UP, Peers
+
+
+Begin = Callable[[int], list[Peers]]
+Server = list[dist.TCPStore]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "BEAT", 0.02)
+    monkeypatch.setattr(peers, "SILENT", 1.0)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    """What serves the store; it is gone when it is taken from the list."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    return [dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
+
+
+@pytest.fixture
+def begin(server: Server) -> Iterator[Begin]:
+    """Begin so many processes, of which each knows that all are alive."""
+    with ExitStack() as stack:
+
+        def begin(number: int) -> list[Peers]:
+            processes = [stack.enter_context(Peers(rank, number)) for rank in range(number)]
+            wait(lambda: all(not value.startswith("0 ") for process in processes for value in process.values))
+            return processes
+
+        yield begin
+
+
+def wait(until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def die(*processes: Peers) -> None:
+    """Give no sign of life any more."""
+    for process in processes:
+        process.ended.set()
+        process.thread.join()
+
+
+def test_a_process_that_has_not_given_up_as_the_others_have_hangs(begin: Begin) -> None:
+    first, second, _ = begin(3)
+    second.state = GAVE_UP
+    assert first.lost() == "process 2 (alive, but hangs)"
+    assert first.thread.is_alive()
+
+
+def test_dead_processes_are_named_and_those_that_wait_for_them_still_are_not(begin: Begin) -> None:
+    first, second, _, fourth, fifth = begin(5)
+    fifth.__exit__(None)  # is done
+    die(second, fourth)
+    assert first.lost() == "processes 1, 3 (no sign of life: killed, stopped or cut off)"
+
+
+def test_a_process_that_failed_is_told_from_a_killed_one(begin: Begin) -> None:
+    first, second, third = begin(3)
+    second.__exit__(ValueError)
+    die(third)  # ended by the launcher, perhaps
+    assert first.lost() == "process 1 (ended by an error of its own)"
+
+
+def test_who_was_waited_for_in_vain_learns_that(begin: Begin) -> None:
+    first, second = begin(2)
+    first.state = GAVE_UP
+    wait(lambda: second.values[0].endswith(GAVE_UP))
+    first.__exit__(RuntimeError)
+    assert second.lost() == "the others (which have given up waiting for it)"
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_with_the_store_its_server_is_gone(
+    launched: bool, begin: Begin, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    _, second, third = begin(3)
+    server.clear()
+    told = "others (which cannot be told, as the launcher's store is gone, too)"
+    assert second.lost() == (told if launched else "process 0 (no sign of life: killed, stopped or cut off)")
+    assert not third.thread.is_alive()
+
+
+def test_what_was_seen_before_the_store_was_gone_counts(begin: Begin, server: Server) -> None:
+    first, second, third = begin(3)
+    die(second)
+    assert first.lost().startswith("process 1 (no sign")
+    server.clear()
+    assert third.lost().startswith("process 1 (no sign")
+
+
+def test_a_process_that_is_silent_for_long_is_warned_about_once(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing else tells of it: NCCL ends a process that has waited too long without a Python error."""
+    monkeypatch.setattr(peers, "WARN", 0.5)
+    first, second = begin(2)
+    die(second)
+    wait(lambda: bool(first.warned))
+    time.sleep(0.2)
+    assert capsys.readouterr().err.count("WARNING: process 1 has given no sign of life for") == 1
+    assert first.state == AT_WORK
+
+
+def test_a_process_alone_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with Peers(0, 1) as process:
+        assert not process.thread.is_alive()
