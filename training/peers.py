@@ -57,7 +57,7 @@ class Peers:
     def lost(self) -> str:
         """Name the processes that this one waits for in vain, and what is known of them; takes a few seconds."""
         self.state = GAVE_UP
-        time.sleep(SILENT + 2 * BEAT)  # what others have to tell arrives, and who is dead becomes silent
+        time.sleep(2 * SILENT)  # what others have to tell arrives, and who is dead becomes silent
         states = [value.partition(" ")[2] for value in self.values]
         blamed = [rank for rank, state in enumerate(states) if rank != self.rank and state in (AT_WORK, FAILED)]
         store_is_gone = time.monotonic() - self.read > SILENT
@@ -84,13 +84,11 @@ class Peers:
             store = dist.TCPStore(host, port, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
             for key in self.keys:
                 store.compare_set(key, "", f"0 {AT_WORK}")  # so that there is something to read
-            beats = 0
-            while True:
-                beats += 1
+            beats, last = 0, False
+            while not last:
+                beats, last = beats + 1, self.ended.is_set()  # before `state` is read, so that its last value is told
                 store.set(self.keys[self.rank], f"{beats} {self.state}")
                 self._take([value.decode() for value in store.multi_get(self.keys)])
-                if self.ended.is_set():
-                    return
                 self.ended.wait(BEAT)
         except dist.DistError:
             return  # the store is gone, as `read` shows

@@ -2,8 +2,8 @@
 
 `python -m tests.faults.kill_runs --kills 200 --processes 1 2 --output faults.json` prints a table and writes all
 figures. A run is killed until it comes to its end and is compared, bit for bit, with one that never was interrupted;
-then the next one begins, until there were so many kills. Half of the kills are of runs that write checkpoints while they
-train. Several processes are killed all at once, or only one of them, or only their launcher.
+then the next one begins, until there were so many kills. Half of the kills are of runs that write checkpoints while
+training goes on. Several processes are killed all at once, or only one of them, or only their launcher.
 
 With `--forks` runs are forks of this process without a launcher: importing everything takes longer than what is
 looked at.

@@ -1,12 +1,14 @@
-"""Who is lost, told by what each process last wrote into a store.
+"""Who is lost, told by what each process last wrote into a store: between threads, and between processes."""
 
-Between threads here; between processes in `test_processes.py`.
-"""
-
+import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -15,6 +17,8 @@ from training import peers
 from training.peers import AT_WORK, GAVE_UP, Peers
 
 
+ROOT = Path(__file__).parents[2]
+SILENT = "(no sign of life: killed, stopped or cut off)"
 Begin = Callable[[int], list[Peers]]
 Server = list[dist.TCPStore]
 
@@ -22,7 +26,7 @@ Server = list[dist.TCPStore]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "BEAT", 0.02)
-    monkeypatch.setattr(peers, "SILENT", 1.0)
+    monkeypatch.setattr(peers, "SILENT", 0.7)
 
 
 @pytest.fixture
@@ -75,7 +79,7 @@ def test_dead_processes_are_named_and_those_that_wait_for_them_still_are_not(beg
     first, second, _, fourth, fifth = begin(5)
     fifth.__exit__(None)  # is done
     die(second, fourth)
-    assert first.lost() == "processes 1, 3 (no sign of life: killed, stopped or cut off)"
+    assert first.lost() == f"processes 1, 3 {SILENT}"
 
 
 def test_a_process_that_failed_is_told_from_a_killed_one(begin: Begin) -> None:
@@ -102,16 +106,16 @@ def test_with_the_store_its_server_is_gone(
     _, second, third = begin(3)
     server.clear()
     told = "others (which cannot be told, as the launcher's store is gone, too)"
-    assert second.lost() == (told if launched else "process 0 (no sign of life: killed, stopped or cut off)")
+    assert second.lost() == (told if launched else f"process 0 {SILENT}")
     assert not third.thread.is_alive()
 
 
 def test_what_was_seen_before_the_store_was_gone_counts(begin: Begin, server: Server) -> None:
     first, second, third = begin(3)
     die(second)
-    assert first.lost().startswith("process 1 (no sign")
+    assert first.lost() == f"process 1 {SILENT}"
     server.clear()
-    assert third.lost().startswith("process 1 (no sign")
+    assert third.lost() == f"process 1 {SILENT}"
 
 
 def test_a_process_that_is_silent_for_long_is_warned_about_once(
@@ -131,3 +135,25 @@ def test_a_process_alone_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with Peers(0, 1) as process:
         assert not process.thread.is_alive()
+
+
+@pytest.mark.slow
+def test_each_of_three_processes_names_the_fourth() -> None:
+    """It is killed, stopped or asleep, or has failed; two times it is the one that serves the store."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    program = [sys.executable, str(Path(__file__).with_name("lost_peers.py"))]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    said = {(line["fault"], line["rank"]): line["said"].partition(" at step 30")[0] for line in lines}
+    lost = {"killed": 2, "killed server of the store": 0, "stopped": 1, "stopped server of the store": 0}
+    expected = {fault: f"process {rank} {SILENT}" for fault, rank in lost.items()}
+    expected |= {"sleeping": "process 3 (alive, but hangs)", "failed": "process 1 (ended by an error of its own)"}
+    assert said.pop(("failed", 1)) == "its own error"
+    assert said == {
+        (fault, rank): f"Process {rank} lost {whom}"
+        for fault, whom in expected.items()
+        for rank in range(4)
+        if not whom.startswith(f"process {rank} ")
+    }
