@@ -17,6 +17,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -113,9 +114,19 @@ class KilledRuns:
         processes: of each.
         background: whether they write checkpoints while they train.
         kills: of all these runs together.
+        report: is called after each.
     """
 
-    def __init__(self, config: KillSettings, folder: Path, processes: int, background: bool, kills: int) -> None:
+    def __init__(
+        self,
+        config: KillSettings,
+        folder: Path,
+        processes: int,
+        background: bool,
+        kills: int,
+        report: Callable[[], None],
+    ) -> None:
+        self.report = report
         self.config, self.folder, self.kills = config, folder / f"{processes}-{background}", kills
         self.folder.mkdir()
         self.found = Found(processes, background)
@@ -161,6 +172,7 @@ class KilledRuns:
             found.kills_at_start += begins_at(log.read_text()) is None
             found.kills_while_saving += checkpoints.check()
             found.restarts += 1
+            self.report()
         found.lost_checkpoints += len(checkpoints.lost)
         differing = [pair for pair in zip_longest(course(run), course(whole)) if pair[0] != pair[1]]
         if differing:
@@ -258,11 +270,17 @@ def main(config: KillSettings) -> int:
         if config.forks:
             importlib.import_module(MODULE)
         write_images(Path(folder, "data"))
-        runs = [KilledRuns(config, Path(folder), *kind, config.kills // len(kinds)) for kind in kinds]
+        runs: list[KilledRuns] = []
+
+        def report() -> None:
+            write(config, [run.found for run in runs])
+
+        for kind in kinds:
+            runs.append(KilledRuns(config, Path(folder), *kind, config.kills // len(kinds), report))
         while unfinished := [run for run in runs if run.found.kills < run.kills]:
             for run in unfinished:
                 run.kill_until_the_end()
-                write(config, [run.found for run in runs])
+                report()
     print(table([run.found for run in runs]))  # noqa: T201
     return sum(run.found.faults() for run in runs)
 
