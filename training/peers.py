@@ -53,6 +53,8 @@ class Peers:
         self.ended.set()
         if self.thread.is_alive():
             self.thread.join(SILENT)
+            if self.state == FAILED:
+                time.sleep(2 * BEAT)  # until the others have read it: the store may end with this process
 
     def lost(self) -> str:
         """Name the processes that this one waits for in vain, and what is known of them; takes a few seconds."""

@@ -89,6 +89,16 @@ def test_a_process_that_failed_is_told_from_a_killed_one(begin: Begin) -> None:
     assert first.lost() == "process 1 (ended by an error of its own)"
 
 
+def test_that_the_server_of_the_store_failed_is_told(
+    begin: Begin, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "BEAT", 0.2)
+    first, second = begin(2)
+    first.__exit__(ValueError)
+    server.clear()
+    assert second.lost() == "process 0 (ended by an error of its own)"
+
+
 def test_who_was_waited_for_in_vain_learns_that(begin: Begin) -> None:
     first, second = begin(2)
     first.state = GAVE_UP
