@@ -11,6 +11,7 @@ looked at.
 
 import importlib
 import json
+import os
 import random
 import re
 import shlex
@@ -36,6 +37,7 @@ from training.parser import parse_settings
 
 
 KEEP, KEEP_EVERY = 3, 16
+HANGS = 120  # seconds without what is waited for after which a start is killed all the same
 # Two threads, as one would become as many as there are cores, which decide on the rounding and may change.
 ENVIRONMENT = {"OMP_NUM_THREADS": "2", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
 RUN: dict[str, Any] = {
@@ -190,8 +192,8 @@ class KilledRuns:
         moments, metrics = self.moments, run / "metrics.jsonl"
         moment = moments.choices(["start", "step", "saving"], [1, 9, 10])[0]
         changes = {"start": 0, "step": moments.randint(1, 9), "saving": moments.randint(1, 4)}[moment]
-        before = None
-        while changes and start.is_running():
+        before, deadline = None, time.monotonic() + HANGS
+        while changes and start.is_running() and time.monotonic() < deadline:
             checkpoints.look()
             now = checkpoints.unfinished() if moment == "saving" else metrics.exists() and metrics.stat().st_mtime_ns
             changes -= bool(now) and before is not None and now != before
@@ -269,7 +271,11 @@ def main(config: KillSettings) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if config.forks:
             importlib.import_module(MODULE)
-        write_images(Path(folder, "data"))
+        writer = os.fork()  # as writing starts threads, and a process with threads must not be forked
+        if not writer:
+            write_images(Path(folder, "data"))
+            os._exit(0)
+        os.waitpid(writer, 0)
         runs: list[KilledRuns] = []
 
         def report() -> None:

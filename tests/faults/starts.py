@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 MODULE = "training.pretrain"
+END = 900  # seconds that a whole run may take
 PATIENCE = 120  # seconds that processes may take to end after one of them was killed
 
 
@@ -54,7 +55,7 @@ class Start:
 
     def status(self) -> int:
         """Wait for the end; 0 if all went well."""
-        return max(abs(int(process.wait() or 0)) for process in (self.started or [self.launcher]))
+        return max(abs(int(process.wait(END) or 0)) for process in (self.started or [self.launcher]))
 
 
 def start_command(flags: Sequence[str], processes: int, log: Path, environment: dict[str, str]) -> Start:
