@@ -13,6 +13,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
 from training.config import TrainingSettings
+from training.peers import Peers
 from training.run import Run
 
 
@@ -60,19 +61,21 @@ def use_all_cores(accelerator: Accelerator) -> None:
 
 @contextmanager
 def lost_processes(run: Run) -> Iterator[None]:
-    """Say what to do when another process of the run is gone, or does not answer in `process_timeout` seconds.
+    """Say which other process of the run is gone or did not answer in `process_timeout` seconds, and what to do.
 
     Raises:
         RuntimeError: in place of torch's own.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        # torch has classes for NCCL's failures; gloo's are told only by the source file that they name.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise RuntimeError(
-            f"Process {run.accelerator.process_index} lost the others at step {run.progress.step}: one has ended, as "
-            f"its own messages explain, or has not answered for process_timeout={run.config.process_timeout} seconds. "
-            f"What is in {run.folder / 'checkpoints'} is good: the same command goes on from there. ({error})"
-        ) from error
+    accelerator = run.accelerator
+    with Peers(accelerator.process_index, accelerator.num_processes) as peers:
+        try:
+            yield
+        except RuntimeError as error:
+            # torch has classes for NCCL's failures; gloo's are told only by the source file that they name.
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise RuntimeError(
+                f"Process {accelerator.process_index} lost {peers.lost()} at step {run.progress.step}, having waited "
+                f"for up to process_timeout={run.config.process_timeout} seconds. What is "
+                f"in {run.folder / 'checkpoints'} is good: the same command goes on from there. ({error})"
+            ) from error
