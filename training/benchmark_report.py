@@ -5,6 +5,7 @@ They are in `training/benchmarks/*.json`, as `training.benchmark` writes them. W
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ PROJECTION = """\
 images, {gigaflop:.1f} GFLOP per image), if an A100 reaches that share of the 312 TFLOP/s of its data sheet, four are
 four times faster, and they never wait for images, checkpoints or evaluations.
 """
+WIDTH = 119
 Measured = dict[str, Any]
 
 
@@ -84,7 +86,8 @@ def report(folder: Path) -> str:
     for part, files in read_measured(folder).items():
         if not files:
             continue
-        blocks.append(f"## {PARTS[part].title}\n\n{PARTS[part].about} (`--part {part}`)\n")
+        about = textwrap.fill(f"{PARTS[part].about} (`--part {part}`)", WIDTH, break_on_hyphens=False)
+        blocks.append(f"## {PARTS[part].title}\n\n{about}\n")
         for name, measured in files:
             table = markdown(PARTS[part].columns, measured["results"])
             blocks.append(f"{provenance(name, measured)}\n\n{table}\n")

@@ -93,7 +93,7 @@ def loop_entry(images: int, num_workers: int, step_seconds: list[float], logged:
         images: of a step.
         num_workers: of the run.
         step_seconds: of bare steps.
-        logged: entries of the run's log; `data_wait` is the share of the time since the one before, if it is there.
+        logged: entries of the run's log; `data_wait` is a share of the time, in [0, 1], if it is there.
     """
     step = per_image(step_seconds, images)
     whole = per_image([images / entry["images_per_second"] for entry in logged], images)

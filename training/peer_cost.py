@@ -50,7 +50,8 @@ def _measure(device: torch.device, config: PeerSettings, precision: str) -> list
     installed = [method for method in METHODS if method.installed]
     builds = [partial(method_step, METHODS.index(m), model, images, precision, device) for m in installed]
     peaks = dict(zip(installed, peak_memories(device, builds), strict=True))
-    steps = {method: method.step(model, images, precision, device) for method in installed}
+    fitting = [method for method in installed if peaks[method] is not None]
+    steps = {method: method.step(model, images, precision, device) for method in fitting}
     seconds = time_steps(steps, config.repetitions, device)
     costs: dict[Method, Entry] = {}
     for method in METHODS:

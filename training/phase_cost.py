@@ -5,7 +5,7 @@ with the steps. The operations of a step are counted while it runs, see `trainin
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from typing import ClassVar
@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from modeling_micl import MiclConfig
 from training.arithmetic import large_matmul
@@ -99,34 +100,46 @@ def measure_phases(accelerator: Accelerator, config: PhaseSettings) -> list[Entr
 def _measure_size(device: torch.device, config: PhaseSettings, size: str) -> list[Entry]:
     compiled = (False, True) if config.compile else (False,)
     variants = [Variant(*chosen) for chosen in product(config.mask_ratios, config.precisions, compiled)]
-    images = config.images
     # On the CPU the peak of a compiled step would be that of its compilation.
     measured = [variant for variant in variants if device.type == "cuda" or not variant.compiled]
     builds = [partial(variant_step, config, size, variant, device) for variant in measured]
     peaks = dict(zip(measured, peak_memories(device, builds), strict=True))
     steps = size_steps(config, size, variants, device)
     matmuls = {precision: large_matmul(device, precision) for precision in config.precisions}
-    phases = {variant: step.phases for variant, step in steps.items()}
-    timed = time_phases(
-        phases | {name: [multiply] for name, (multiply, _) in matmuls.items()}, config.repetitions, device
-    )
-    rates = {name: gigaflop / np.median(timed[name]) for name, (_, gigaflop) in matmuls.items()}
-    entries = []
+    phases: dict[Variant | str, list[Step]] = {name: [multiply] for name, (multiply, _) in matmuls.items()}
+    phases |= {variant: step.phases for variant, step in steps.items() if peaks.get(variant, 0) is not None}
+    timed = time_phases(phases, config.repetitions, device)
+    rates = {name: gigaflop / float(np.median(timed[name])) for name, (_, gigaflop) in matmuls.items()}
+    entries: list[Entry] = []
     for variant in variants:
-        peak = peaks.get(variant)
-        plain = steps[Variant(variant.mask_ratio, variant.precision, compiled=False)]
-        counted, times = plain.gigaflop_per_image(), np.array(timed[variant])
-        whole = per_image(times.sum(axis=1).tolist(), images)
-        rate = counted / whole["ms_per_image"] * 1000
-        entries.append(
-            {"size": size, "mask_ratio": variant.mask_ratio, "precision": variant.precision}
-            | {"compiled": variant.compiled, "images": images, "images_per_second": 1000 / whole["ms_per_image"]}
-            | {"gigaflop_per_image": counted, "gigaflop_per_second": rate}
-            | {"matmul_gigaflop_per_second": float(rates[variant.precision])}
-            | {"matmul_share": float(rate / rates[variant.precision])}
-            | {f"{name}_ms": float(ms) for name, ms in zip(PHASES, np.median(times, axis=0) * 1000, strict=True)}
-            | {"peak_memory_mib": None if peak is None else peak / MIB}
-            | whole
-            | {"phase_seconds": {name: times[:, i].tolist() for i, name in enumerate(PHASES)}}
-        )
+        peak, times = peaks.get(variant), timed.get(variant)
+        facts = {"size": size} | asdict(variant) | {"images": config.images}
+        facts["peak_memory_mib"] = None if peak is None else peak / MIB
+        if times is not None:
+            counted = steps[replace(variant, compiled=False)].gigaflop_per_image()
+            facts |= step_rates(np.array(times), config.images, counted, rates[variant.precision])
+        entries.append(facts)
     return entries
+
+
+def step_rates(seconds: NDArray[np.float64], images: int, gigaflop_per_image: float, matmul_rate: float) -> Entry:
+    """What follows from the times of a step.
+
+    Args:
+        seconds: (repetitions, 3), of its phases.
+        images: of a step.
+        gigaflop_per_image: that it computes.
+        matmul_rate: GFLOP per second of a large matmul.
+    """
+    whole = per_image(seconds.sum(axis=1).tolist(), images)
+    rate = gigaflop_per_image / whole["ms_per_image"] * 1000
+    rates = {
+        "images_per_second": 1000 / whole["ms_per_image"],
+        "gigaflop_per_image": gigaflop_per_image,
+        "gigaflop_per_second": rate,
+        "matmul_gigaflop_per_second": matmul_rate,
+        "matmul_share": rate / matmul_rate,
+    }
+    medians = np.median(seconds, axis=0) * 1000
+    phases = {f"{name}_ms": float(ms) for name, ms in zip(PHASES, medians, strict=True)}
+    return rates | phases | whole | {"phase_seconds": dict(zip(PHASES, seconds.T.tolist(), strict=True))}

@@ -110,9 +110,8 @@ def _step(
 
 def process_seconds(processes: int, config: ScaleSettings, device: torch.device) -> list[float]:
     """Seconds of every repetition of a step that so many new processes share out, as torchrun starts them."""
-    launch = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0"
-    )
+    here = {"run_id": "benchmark", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
+    launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, **here)
     results: dict[int, list[float]] = elastic_launch(launch, shared_step_seconds)(config, device.type)
     return results[0]
 
