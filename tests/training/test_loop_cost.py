@@ -56,8 +56,8 @@ def test_every_batch_and_number_of_workers_has_a_run(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_the_run_is_real(parquet: Callable[..., Path]) -> None:
-    config = LoopSettings(**TINY, dataset=str(parquet([16])))
+def test_the_run_is_real(write_shards: Callable[..., Path]) -> None:
+    config = LoopSettings(**TINY, dataset=str(write_shards(16)))
     logged = run_log(config.run_flags(4, 0))
     assert [entry["step"] for entry in logged] == [4, 6]  # the first entry warms up
     assert all(entry["images_per_second"] > 0 for entry in logged)

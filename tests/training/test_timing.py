@@ -1,4 +1,4 @@
-"""Steps take turns and are timed in full; on a GPU nothing waits within a step. Times themselves are never asserted."""
+"""Steps take turns and are timed in full; on a GPU nothing waits within a step. Times as such are never asserted."""
 
 from collections.abc import Iterator
 from itertools import count
