@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import set_forkserver_preload
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,7 +112,15 @@ def _step(
 
 def process_seconds(processes: int, config: ScaleSettings, device: torch.device) -> list[float]:
     """Seconds of every repetition of a step that so many new processes share out, as torchrun starts them."""
-    here = {"run_id": "benchmark", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
+    here: dict[str, Any] = {
+        "run_id": "benchmark",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0",
+        "max_restarts": 0,
+    }
+    # The fork server imports torch once for all; CUDA cannot be used in a fork.
+    here["start_method"] = "spawn" if device.type == "cuda" else "forkserver"
+    set_forkserver_preload([__name__])
     launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, **here)
     results: dict[int, list[float]] = elastic_launch(launch, shared_step_seconds)(config, device.type)
     return results[0]

@@ -61,8 +61,12 @@ def test_the_run_is_real(write_shards: Callable[..., Path]) -> None:
     logged = run_log(config.run_flags(4, 0))
     assert [entry["step"] for entry in logged] == [4, 6]  # the first entry warms up
     assert all(entry["images_per_second"] > 0 for entry in logged)
-    with pytest.raises(RuntimeError, match="the run has failed: .*no/such/folder"):
-        run_log(["--dataset=no/such/folder", *config.run_flags(4, 0)[:6]])
+
+
+def test_a_run_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_cost.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="the run has failed: false -m training.pretrain --seed=1"):
+        run_log(["--seed=1"])
 
 
 @pytest.mark.parametrize("settings", [{"num_workers": [-1]}, {"logging_steps": 0}, {"repetitions": 0}], ids=str)

@@ -1,5 +1,7 @@
 """Methods take turns and are set against ours in the same precision. Times are never asserted."""
 
+import json
+
 import pytest
 from accelerate import Accelerator
 
@@ -22,6 +24,7 @@ def test_ratios_are_to_ours_in_the_same_precision(monkeypatch: pytest.MonkeyPatc
     config = PeerSettings(size="tiny", image_size=32, patch_size=8, mask_ratio=0.75, images=2, repetitions=1)
     config.validate()
     entries = measure_peers(Accelerator(cpu=True), config)
+    assert json.loads(json.dumps(entries)) == entries
     assert [(e["name"], e["precision"]) for e in entries] == [
         (name, precision) for precision in ("fp32", "bf16") for name in ("MiCL", "naive", "missing")
     ]

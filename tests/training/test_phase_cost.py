@@ -1,5 +1,6 @@
 """Every variant of every size is measured, with the rate of the matmul of its precision. Times are never asserted."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ def test_every_variant_is_measured() -> None:
     config = PhaseSettings(**SMALL, mask_ratios=[0.5, 0.9])
     config.validate()
     entries = measure_phases(Accelerator(cpu=True), config)
+    assert json.loads(json.dumps(entries)) == entries
     variants = [(e["size"], e["mask_ratio"], e["precision"], e["compiled"]) for e in entries]
     assert variants == [("tiny", r, p, False) for r in (0.5, 0.9) for p in ("fp32", "bf16")]
     fits = [entry for entry in entries if "ms_per_image" in entry]

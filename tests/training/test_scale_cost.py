@@ -1,5 +1,6 @@
 """One thing is varied at a time; processes share out one contrastive batch. Times are never asserted."""
 
+import json
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ def test_every_point_is_measured_against_the_first_of_its_kind(monkeypatch: pyte
     config = ScaleSettings(**SMALL)
     config.validate()
     entries = measure_scale(Accelerator(cpu=True), config)
+    assert json.loads(json.dumps(entries)) == entries
     assert [(e["varied"], e["value"], e["images"], e["patches_per_view"]) for e in entries] == [
         *(("mask ratio", 0.5, 4, 4), ("mask ratio", 0.75, 4, 2)),
         *(("images of a step", 2, 2, 2), ("images of a step", 4, 4, 2)),
