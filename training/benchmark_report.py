@@ -42,7 +42,8 @@ def read_measured(folder: Path) -> dict[str, list[tuple[str, Measured]]]:
     by_part: dict[str, list[tuple[str, Measured]]] = {part: [] for part in PARTS}
     for file in sorted(folder.glob("*.json")):
         measured = json.loads(file.read_text(encoding="utf-8"))
-        by_part[measured["part"]].append((file.name, measured))
+        if "part" in measured:  # other programs keep their numbers there, too
+            by_part[measured["part"]].append((file.name, measured))
     return by_part
 
 

@@ -63,4 +63,5 @@ def test_nothing_is_projected_without_evidence(tmp_path: Path, changes: dict[str
 
 
 def test_no_number_is_shown_that_was_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"command": "python -m another.program"}')
     assert "##" not in report(tmp_path)
