@@ -12,16 +12,13 @@ from accelerate import Accelerator
 
 from modeling_micl import MiclConfig, visible_patches_per_view
 from training.config import setting
-from training.step_cost import Learner, Way, peak_memories, per_image, time_steps
-
-
-MIB = 2**20
-
-Entry = dict[str, Any]
+from training.cost_settings import MIB, CostSettings, Entry, ratio
+from training.step_cost import Learner, Way, peak_memories, way_step
+from training.timing import per_image, time_steps
 
 
 @dataclass
-class StepSettings:
+class BatchSettings(CostSettings):
     """The model, by default ViT-S/16 on 224 pixels, and how it is measured."""
 
     image_size: int = setting(224, "pixels")
@@ -32,8 +29,6 @@ class StepSettings:
     mask_ratio: float = setting(0.9, "share of the patches that neither of two views sees, in [0, 1)")
     mixed_precision: Literal["no", "bf16"] = setting("bf16", "autocast of the forward pass; 'no' is fp32")
     contrastive_batch_sizes: list[int] = setting([64], "images contrasted together")
-    repetitions: int = setting(5, "timed steps of each kind, after one to warm up")
-    output: str = setting("runs/benchmark/step.json", "file for all numbers")
 
     def model_config(self, **overrides: Any) -> MiclConfig:
         """The model's configuration; raises ValueError on an impossible one."""
@@ -50,19 +45,13 @@ class StepSettings:
 
     def validate(self) -> None:
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
+        super().validate()
         self.model_config()
-        if self.repetitions < 1:
-            raise ValueError(f"repetitions must be at least 1, got {self.repetitions}.")
         self._validate_sizes("contrastive_batch_sizes", least=2)
-
-    def _validate_sizes(self, name: str, least: int) -> None:
-        sizes = getattr(self, name)
-        if not sizes or min(sizes) < least or len(set(sizes)) < len(sizes):
-            raise ValueError(f"{name} takes different numbers from {least} up, got {sizes}.")
 
 
 @dataclass
-class MemorySettings(StepSettings):
+class MemorySettings(BatchSettings):
     """Ways to make the same step."""
 
     contrastive_batch_sizes: list[int] = setting([32, 128, 512], "images contrasted together")
@@ -100,11 +89,11 @@ class GrowthSettings(MemorySettings):
 
 
 @dataclass
-class ViewsSettings(StepSettings):
+class ViewsSettings(BatchSettings):
     """Numbers of views; each view has the patches that it has when there are two."""
 
     num_views: list[int] = setting([2, 3, 4], "disjoint views of each image; times are relative to the first")
-    repetitions: int = setting(9, "timed steps of each kind, after one to warm up")
+    repetitions: int = setting(9, "timed repetitions of each kind, after one to warm up")
     output: str = setting("runs/benchmark/views.json", "file for all numbers")
 
     def validate(self) -> None:
@@ -128,11 +117,6 @@ class ViewsSettings(StepSettings):
         return self.model_config(num_views=num_views, mask_ratio=max(0.0, 1 - visible / all_patches))
 
 
-def ratio(value: float | None, reference: float | None) -> float | None:
-    """Their ratio, if both could be measured."""
-    return None if value is None or reference is None else value / reference
-
-
 def measure_memory(accelerator: Accelerator, config: MemorySettings) -> list[Entry]:
     """Every way for every batch; ratios are to the plain loss of the same batch."""
     ways = []
@@ -140,10 +124,11 @@ def measure_memory(accelerator: Accelerator, config: MemorySettings) -> list[Ent
         ways += [Way(images, images), Way(images, images, gradient_checkpointing=True)]
         ways += [Way(images, size) for size in config.micro_batch_sizes if size < images]
     model = config.model_config()
-    peaks = dict(zip(ways, peak_memories(accelerator, model, ways), strict=True))
+    builds = [partial(way_step, accelerator.mixed_precision, model, way) for way in ways]
+    peaks = dict(zip(ways, peak_memories(accelerator.device, builds), strict=True))
     learner = Learner(accelerator, model, max(config.contrastive_batch_sizes))
     fitting = {way: partial(learner.step, way) for way in ways if peaks[way] is not None}
-    seconds = time_steps(fitting, config.repetitions)
+    seconds = time_steps(fitting, config.repetitions, accelerator.device)
     times = {way: per_image(seconds[way], way.images) if way in seconds else {"ms_per_image": None} for way in ways}
     entries = []
     for way in ways:
@@ -170,7 +155,7 @@ def measure_growth(accelerator: Accelerator, config: GrowthSettings) -> list[Ent
     for way in ways:
         steps["step", way] = partial(learner.step, way)
         steps["loss", way] = partial(learner.contrast, way.images)
-    seconds = time_steps(steps, config.repetitions)
+    seconds = time_steps(steps, config.repetitions, accelerator.device)
     times = {name: per_image(seconds[name], name[1].images) for name in steps}
     entries = []
     for way in ways:
@@ -191,7 +176,7 @@ def measure_views(accelerator: Accelerator, config: ViewsSettings) -> list[Entry
         for images in config.contrastive_batch_sizes
         for views, learner in learners.items()
     }
-    seconds = time_steps(steps, config.repetitions)
+    seconds = time_steps(steps, config.repetitions, accelerator.device)
     times = {name: per_image(seconds[name], name[1]) for name in steps}
     entries = []
     for (views, images), time in times.items():

@@ -1,5 +1,9 @@
-"""What a contrastive batch and resuming cost: `python -m training.benchmark --part memory`, and other parts.
+"""What training costs: `python -m training.benchmark --part step`, and other parts.
 
+- peers: time, operations and memory of a step beside other programs and methods on the same encoder and images;
+- step: forward, backward and optimiser of the known ViT sizes, and how well they compute; also with `--compile`;
+- loop: what the training loop adds to the bare step, and how much it waits for images;
+- scale: time per image against visible patches, images, pixels and processes;
 - memory: time and peak memory of a training step with the plain loss, with gradient checkpointing and with the cached
   loss at several micro-batches, for growing contrastive batches;
 - growth: time per image as the contrastive batch grows, and the share of the similarity matrix and the loss in it;
@@ -8,102 +12,32 @@
 - prepared: images per second of decoding and cropping on one core, as stored and as `training.prepare` stores them.
 
 A step is forward, backward and optimiser; its images are random, so nothing is read or decoded. Times are medians of
-repetitions, those of steps interleaved. What memory means, `training/step_cost.py` tells. Each part prints a table and
-writes all numbers to `--output`. Nothing else should run on the machine.
+repetitions, those of steps interleaved (`training/timing.py`). What memory means, `training/step_cost.py` tells. A
+CUDA GPU is used where there is one. Each part prints a table and writes all numbers to `--output`; with those files in
+`training/benchmarks/`, `python -m training.benchmark_report` writes `training/BENCHMARKS.md`. Nothing else should run
+on the machine.
 """
 
 import json
 import shlex
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 
-from training.batch_cost import (
-    Entry,
-    GrowthSettings,
-    MemorySettings,
-    StepSettings,
-    ViewsSettings,
-    measure_growth,
-    measure_memory,
-    measure_views,
-)
+from training.benchmark_parts import PARTS, Settings, markdown
 from training.monitor import provenance
 from training.parser import parse_settings
-from training.prepared_cost import PreparedSettings, measure_prepared
-from training.resume_cost import ResumeSettings, measure_resume
 
 
 PROGRAM = "training.benchmark"
-Kind = TypeVar("Kind", bound=StepSettings | ResumeSettings | PreparedSettings)
 
 
-@dataclass(frozen=True)
-class Part(Generic[Kind]):
-    """What can be measured: its settings, how, and the columns of its table, (key of an entry, format) by title."""
-
-    settings: type[Kind]
-    measure: Callable[[Accelerator, Kind], list[Entry]]
-    columns: dict[str, tuple[str, str]]
-
-
-TIME = {"ms per image": ("ms_per_image", ".2f"), "interquartile range": ("ms_per_image_iqr", ".2f")}
-BATCH = {"contrastive batch": ("images", "")}
-PARTS: dict[str, Part[Any]] = {
-    "memory": Part(
-        MemorySettings,
-        measure_memory,
-        BATCH
-        | {"loss": ("name", ""), "time / plain": ("time_ratio", ".2f"), "memory / plain": ("memory_ratio", ".2f")}
-        | TIME
-        | {"peak MiB": ("peak_memory_mib", ".0f")},
-    ),
-    "growth": Part(
-        GrowthSettings,
-        measure_growth,
-        BATCH
-        | {"loss": ("name", ""), "time / smallest": ("time_ratio", ".2f"), "share of the loss": ("loss_share", ".1%")}
-        | TIME,
-    ),
-    "views": Part(
-        ViewsSettings,
-        measure_views,
-        BATCH
-        | {"views": ("num_views", ""), "patches per view": ("patches_per_view", "")}
-        | {"time / first": ("time_ratio", ".2f"), "views / first": ("views_ratio", ".2f")}
-        | TIME,
-    ),
-    "resume": Part(
-        ResumeSettings,
-        measure_resume,
-        {"epochs done": ("epochs", ""), "seconds to the first batch": ("median_seconds", ".2f")}
-        | {"seconds to open the data": ("opening_seconds", ".2f")},
-    ),
-    "prepared": Part(
-        PreparedSettings,
-        measure_prepared,
-        {"images": ("name", ""), "images per second": ("images_per_second", ".0f"), "speed": ("speed_ratio", ".2f")}
-        | {"bytes": ("bytes_ratio", ".2f")},
-    ),
-}
-
-
-def markdown(columns: dict[str, tuple[str, str]], entries: list[Entry]) -> str:
-    """A table of the entries; what could not be measured is a dash."""
-    rows = [list(columns), ["---"] * len(columns)]
-    for entry in entries:
-        values = [(entry.get(key), form) for key, form in columns.values()]
-        rows.append(["–" if value is None else format(value, form) for value, form in values])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def main(part: str, config: StepSettings | ResumeSettings | PreparedSettings) -> None:
+def main(part: str, config: Settings) -> None:
     """Measure, write and print."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if accelerator.num_processes > 1:
@@ -122,11 +56,11 @@ def main(part: str, config: StepSettings | ResumeSettings | PreparedSettings) ->
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n")
     hardware = report["hardware"]["accelerators"][0] if device == "cuda" else report["hardware"]["cpu"]
-    print(f"{part} on {device} ({hardware}), {config.mixed_precision}: {output}")  # noqa: T201
+    print(f"{part} on {device} ({hardware}): {output}")  # noqa: T201
     print(markdown(PARTS[part].columns, entries))  # noqa: T201
 
 
-def parse(argv: Sequence[str]) -> tuple[str, StepSettings | ResumeSettings | PreparedSettings]:
+def parse(argv: Sequence[str]) -> tuple[str, Settings]:
     """The part and its settings; ends the program with status 2 if one of them is impossible."""
     parser = ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--part", choices=list(PARTS), required=True)

@@ -15,19 +15,16 @@ So the ratios of one device can be compared, not the numbers of the two.
 import ctypes
 import resource
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from time import perf_counter
-from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from modeling_micl import MiclConfig, MiclForPreTraining, MiclForPreTrainingOutput
@@ -36,10 +33,10 @@ from training.cached import cached_backward
 from training.features import normalize_pixels
 from training.optim import build_optimizer
 from training.processes import use_all_cores
+from training.timing import Step
 
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Learner:
         self.model, self.optimizer = accelerator.prepare(self.unwrapped, optimizer)
 
     def step(self, way: Way) -> None:
-        """Forward, backward and optimiser; returns when the device is done."""
+        """Forward, backward and optimiser."""
         if way.gradient_checkpointing:
             self.unwrapped.activation_checkpointing_enable()
         else:
@@ -104,74 +101,57 @@ class Learner:
             cached_backward(self.accelerator, self.model, embed, way.images, way.micro_batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        _wait_for(next(self.unwrapped.parameters()))
 
     def contrast(self, images: int) -> None:
         """The similarity matrix and the loss of so many embedded images alone, forward and backward."""
         view_embeds = self.view_embeds[:images].requires_grad_()
         loss, _ = self.unwrapped.contrast(view_embeds)
-        (gradient,) = torch.autograd.grad(loss, view_embeds)
-        _wait_for(gradient)
+        torch.autograd.grad(loss, view_embeds)
 
 
-def _wait_for(tensor: Tensor) -> None:
-    tensor.flatten()[0].item()
+def peak_memories(device: torch.device, builds: Sequence[Callable[[], Step]]) -> list[int | None]:
+    """Peak memory of each step in bytes, as defined above; None where the memory does not suffice.
 
-
-def peak_memories(accelerator: Accelerator, config: MiclConfig, ways: Sequence[Way]) -> list[int | None]:
-    """Peak memory of each way's step in bytes, as defined above; None where the memory does not suffice.
+    Args:
+        device: that they run on.
+        builds: each makes a step in a process of its own, so that it must be picklable.
 
     Raises:
         RuntimeError: if a process is ended for want of memory, as systems do on the CPU.
     """
     # A process that is started by another takes over its ru_maxrss, one that the fork server makes does not; but CUDA
     # cannot be used in a fork.
-    context = get_context("spawn" if accelerator.device.type == "cuda" else "forkserver")
+    context = get_context("spawn" if device.type == "cuda" else "forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as processes:
         try:
-            return [processes.submit(_peak_memory, accelerator.mixed_precision, config, way).result() for way in ways]
+            return [processes.submit(_peak_memory, build).result() for build in builds]
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "A process was ended from outside, most likely for want of memory: lower contrastive_batch_sizes."
+                "A process was ended from outside, most likely for want of memory: measure fewer images at once."
             ) from error
 
 
-def _peak_memory(mixed_precision: str, config: MiclConfig, way: Way) -> int | None:
+def way_step(mixed_precision: str, config: MiclConfig, way: Way) -> Step:
+    """A step of a new learner, for `peak_memories`."""
+    return partial(Learner(Accelerator(mixed_precision=mixed_precision), config, way.images).step, way)
+
+
+def _peak_memory(build: Callable[[], Step]) -> int | None:
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # its start value; a set one does not grow
-    learner = Learner(Accelerator(mixed_precision=mixed_precision), config, way.images)
+    step = build()
     before = _peak_resident_set()
     try:
         for _ in range(2):
-            learner.step(way)
+            step()
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
         return None
-    if learner.accelerator.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return _peak_resident_set() - before
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else _peak_resident_set() - before
 
 
 def _peak_resident_set() -> int:
     """In bytes; the system call counts in KiB, but in bytes on macOS."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def time_steps(steps: Mapping[Name, Callable[[], None]], repetitions: int) -> dict[Name, list[float]]:
-    """Seconds of every repetition, interleaved, so that what else the machine does hits all alike; a warm-up first."""
-    seconds: dict[Name, list[float]] = {name: [] for name in steps}
-    for number in range(1 + repetitions):
-        for name, step in steps.items():
-            start = perf_counter()
-            step()
-            if number:
-                seconds[name].append(perf_counter() - start)
-    return seconds
-
-
-def per_image(seconds: list[float], images: int) -> dict[str, Any]:
-    """Median and interquartile range of the milliseconds per image, and the seconds that they come from."""
-    first, middle, third = np.percentile(seconds, [25, 50, 75]) * 1000 / images
-    return {"ms_per_image": float(middle), "ms_per_image_iqr": float(third - first), "seconds": seconds}

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from accelerate import Accelerator
 from modeling_micl import MiclConfig, sample_views
 from training import batch_cost, resume_cost, step_cost
 from training.batch_cost import GrowthSettings, MemorySettings, ViewsSettings
-from training.benchmark import PARTS, main, markdown, parse
+from training.benchmark import main, parse
+from training.benchmark_parts import PARTS, markdown
 from training.resume_cost import ResumeSettings
 from training.source import ImageSource
-from training.step_cost import Learner, Way, peak_memories, per_image, time_steps
+from training.step_cost import Learner, Way, peak_memories, way_step
 
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +87,8 @@ def test_memory_follows_what_is_held_at_once() -> None:
         **{"num_hidden_layers": 8, "num_attention_heads": 4},
     )
     ways = [Way(16, 16), Way(16, 16, gradient_checkpointing=True), Way(16, 1)]
-    plain, *less = (peak or 0 for peak in peak_memories(Accelerator(cpu=True), model, ways))
+    builds = [partial(way_step, "no", model, way) for way in ways]
+    plain, *less = (peak or 0 for peak in peak_memories(torch.device("cpu"), builds))
     assert 2 * max(less) < plain  # a third in truth; nearly all of it if malloc kept what is freed
 
 
@@ -93,7 +96,7 @@ def test_what_does_not_fit_is_left_out_of_the_times(
     measure: Measure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        batch_cost, "peak_memories", lambda _, __, ways: [None if w.name == "plain" else 3 << 20 for w in ways]
+        batch_cost, "peak_memories", lambda _, builds: [None if b.args[2].name == "plain" else 3 << 20 for b in builds]
     )
     entries = measure("memory", contrastive_batch_sizes=[4], micro_batch_sizes=[2])["results"]
     assert [entry["peak_memory_mib"] for entry in entries] == [None, 3, 3]
@@ -108,8 +111,8 @@ def end_at_once(*_: Any) -> None:
 
 def test_a_process_that_is_ended_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_cost, "_peak_memory", end_at_once)
-    with pytest.raises(RuntimeError, match="lower contrastive_batch_sizes"):
-        peak_memories(Accelerator(cpu=True), MiclConfig(), [Way(2, 2)])
+    with pytest.raises(RuntimeError, match="fewer images at once"):
+        peak_memories(torch.device("cpu"), [partial(way_step, "no", MiclConfig(), Way(2, 2))])
 
 
 def test_growth_measures_the_step_and_the_loss_in_it(measure: Measure) -> None:
@@ -193,7 +196,8 @@ def test_a_step_is_one_of_training(
     before = {name: p.clone() for name, p in learner.unwrapped.named_parameters() if p.requires_grad}
     learner.step(way)
     passes, checkpointing = 6 // way.micro_batch, way.gradient_checkpointing
-    without_graph = [(way.micro_batch, False, checkpointing)] * passes if passes > 1 else []
+    # The cached loss keeps the graph of its last pass.
+    without_graph = [(way.micro_batch, False, checkpointing)] * (passes - 1)
     assert seen == without_graph + [(way.micro_batch, True, checkpointing)] * passes
     assert all((p != before[name]).any() for name, p in learner.unwrapped.named_parameters() if name in before)
     assert all(p.grad is None for p in learner.unwrapped.parameters())
@@ -206,25 +210,10 @@ def test_ways_can_be_mixed(tiny_config: Callable[..., MiclConfig]) -> None:
         assert learner.unwrapped.vit.layers[0].gradient_checkpointing == checkpointing
 
 
-def test_steps_take_turns_after_a_warm_up() -> None:
-    calls: list[str] = []
-    seconds = time_steps({name: lambda name=name: calls.append(name) for name in "ab"}, repetitions=2)
-    assert calls == list("ababab")
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
-
-
-def test_times_are_medians_of_an_image() -> None:
-    assert per_image([0.2, 0.1, 0.9, 0.4, 0.3], images=10) == {
-        "ms_per_image": pytest.approx(30),
-        "ms_per_image_iqr": pytest.approx(20),
-        "seconds": [0.2, 0.1, 0.9, 0.4, 0.3],
-    }
-
-
 def test_numbers_of_a_table_have_their_formats() -> None:
-    columns = {"batch": ("images", ""), "time": ("time_ratio", ".2f")}
-    table = markdown(columns, [{"images": 4, "time_ratio": 1.006}, {"images": 8, "time_ratio": None}])
-    assert table.splitlines() == ["| batch | time |", "| --- | --- |", "| 4 | 1.01 |", "| 8 | – |"]
+    columns = {"batch": ("images", ""), "time": ("time_ratio", ".2f"), "compiled": ("compiled", "")}
+    entries = [{"images": 4, "time_ratio": 1.006, "compiled": False}, {"images": 8, "time_ratio": None}]
+    assert markdown(columns, entries).splitlines()[1:] == ["| --- | --- | --- |", "| 4 | 1.01 | no |", "| 8 | – | – |"]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +252,7 @@ def test_a_part_has_its_own_settings(part: str) -> None:
     ("flags", "message"),
     [
         ([], "the following arguments are required: --part"),
-        (["--part", "speed"], "choose from 'memory', 'growth', 'views'"),
+        (["--part", "speed"], "choose from 'peers', 'step', 'loop'"),
         (["--part", "views", "--micro_batch_sizes", "8"], "--part views: unknown flag --micro_batch_sizes"),
         (["--part", "memory", "--repetitions", "0"], "--part memory: repetitions must be at least 1"),
     ],
@@ -283,5 +272,5 @@ def test_the_command(tmp_path: Path) -> None:
     flags += ["--num_attention_heads", "2", "--num_hidden_layers", "1"]
     command = [sys.executable, "-m", "training.benchmark", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert re.search(r"^growth on cpu \(.*\), bf16: .*growth\.json$", done.stdout, re.MULTILINE)
+    assert re.search(r"^growth on cpu \(.*\): .*growth\.json$", done.stdout, re.MULTILINE)
     assert json.loads((tmp_path / "growth.json").read_text())["command"].split()[3:] == flags
