@@ -4,7 +4,8 @@
   loss at several micro-batches, for growing contrastive batches;
 - growth: time per image as the contrastive batch grows, and the share of the similarity matrix and the loss in it;
 - views: time of more views of the same number of patches each;
-- resume: time to the first batch where training resumes, at several places of data as large as ImageNet-1k.
+- resume: time to the first batch where training resumes, at several places of data as large as ImageNet-1k;
+- input: images per second and core of reading, decoding and cropping, against a plain loop; the time of each stage.
 
 A step is forward, backward and optimiser; its images are random, so nothing is read or decoded. Times are medians of
 repetitions, those of steps interleaved. What memory means, `training/step_cost.py` tells. Each part prints a table and
@@ -33,13 +34,14 @@ from training.batch_cost import (
     measure_memory,
     measure_views,
 )
+from training.input_cost import InputSettings, measure_input
 from training.monitor import provenance
 from training.parser import parse_settings
 from training.resume_cost import ResumeSettings, measure_resume
 
 
 PROGRAM = "training.benchmark"
-Kind = TypeVar("Kind", bound=StepSettings | ResumeSettings)
+Kind = TypeVar("Kind", bound=StepSettings | ResumeSettings | InputSettings)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,13 @@ PARTS: dict[str, Part[Any]] = {
         {"epochs done": ("epochs", ""), "seconds to the first batch": ("median_seconds", ".2f")}
         | {"seconds to open the data": ("opening_seconds", ".2f")},
     ),
+    "input": Part(
+        InputSettings,
+        measure_input,
+        {"speed / plain loop": ("speed_ratio", ".2f"), "what": ("name", "")}
+        | {"images/s per core": ("images_per_second", ".0f"), "ms per image": ("ms_per_image", ".3f")}
+        | {"interquartile range": ("ms_per_image_iqr", ".3f")},
+    ),
 }
 
 
@@ -95,7 +104,7 @@ def markdown(columns: dict[str, tuple[str, str]], entries: list[Entry]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main(part: str, config: StepSettings | ResumeSettings) -> None:
+def main(part: str, config: StepSettings | ResumeSettings | InputSettings) -> None:
     """Measure, write and print."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if accelerator.num_processes > 1:
@@ -118,7 +127,7 @@ def main(part: str, config: StepSettings | ResumeSettings) -> None:
     print(markdown(PARTS[part].columns, entries))  # noqa: T201
 
 
-def parse(argv: Sequence[str]) -> tuple[str, StepSettings | ResumeSettings]:
+def parse(argv: Sequence[str]) -> tuple[str, StepSettings | ResumeSettings | InputSettings]:
     """The part and its settings; ends the program with status 2 if one of them is impossible."""
     parser = ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--part", choices=list(PARTS), required=True)
