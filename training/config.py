@@ -177,6 +177,7 @@ class PretrainConfig(TrainingSettings):
 
     mask_ratio: float = setting(0.9, "share of the patches that no view sees, in [0, 1)")
     num_views: int = setting(2, "disjoint views of each image, at least 2")
+    views_per_decode: int = setting(1, "forward passes in a row that use each decoded batch, with new views each time")
     temperature: float = setting(0.07, "divides the similarities, > 0")
     kappa: float = setting(1 / 64, "concentration of the T-SP similarity, > -1/2")
     similarity: Literal["t-sp", "cosine"] = setting("t-sp", "similarity of two views")
@@ -272,6 +273,7 @@ class PretrainConfig(TrainingSettings):
                 raise ValueError(f"{name} takes one number, or height and width, got {getattr(self, name)}.")
         self.model_config()
         self._validate_at_least(0, "knn_epochs", "knn_images", "layer_norm_eps")
+        self._validate_at_least(1, "views_per_decode")
         self._validate_share("adam_beta1", "adam_beta2", one=False)
         if self.online_probe and (self.knn_epochs == 0 or self.knn_images < 10):
             raise ValueError(

@@ -6,8 +6,6 @@ is timed in the same process and interleaved; rates are those of one core.
 """
 
 import io
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,11 +32,12 @@ from training.config import setting
 from training.data import Batch, TrainingBatches, TrainingOrder, batches, concatenate, run_in_workers
 from training.images import Pixels, decode_rgb, random_crop_box, random_resized_crop, to_pixels
 from training.photos import PHOTOS
+from training.processes import usable_cores
 from training.source import ImageSource, Row, open_source
 from training.step_cost import per_image
 
 
-CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+CORES = usable_cores()
 DISTINCT, ROWS_PER_SHARD, ROW_GROUP = 128, 1024, 100
 BARE, CHAIN = "plain loop: decode, crop", "torchvision's transforms"
 Stacked = list[tuple[Pixels, int, int]]
