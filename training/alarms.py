@@ -75,7 +75,7 @@ class InputAlarm:
 
     Args:
         num_workers: decoding processes of each process.
-        free_cores: cores of this machine that the run has no process for.
+        free_cores: cores of this machine that the run does not use.
         share: of the time, from which on it is too much.
         patience: logged entries in a row above it, or below it, that count.
     """
@@ -94,9 +94,9 @@ class InputAlarm:
         if len(self.recent) < (self.recent.maxlen or 0) or not all(self.recent):
             return None
         self.warned = True
-        first = "All cores have a process: "
+        first = "All cores are in use: "
         if self.free_cores > 0:
-            first = f"Raise num_workers={self.num_workers}, as {self.free_cores} cores have no process; or "
+            first = f"Raise num_workers={self.num_workers} (cores without a process: {self.free_cores}); or "
         return (
             f"Training waits for images {metrics['data_wait']:.0%} of the time (data_wait), and more than "
             f"{self.share:.0%} in {len(self.recent)} entries in a row. {first}make smaller images once with `python "

@@ -130,9 +130,7 @@ class Logger:
     def __init__(
         self, run: Run, title: str, alarm: Alarm = lambda *_: None, gigaflop_per_image: float | None = None
     ) -> None:
-        workers = run.config.num_workers
-        waiting = InputAlarm(workers, cores_without_process(workers))
-        self.run, self.alarms = run, (SpikeAlarm().check, waiting.check, alarm)
+        self.run, self.alarms = run, (SpikeAlarm().check, _input_alarm(run).check, alarm)
         self.most_images = _most_images_per_second(run, gigaflop_per_image) if gigaflop_per_image else None
         self.bad_in_row = 0
         self.main = run.accelerator.is_main_process
@@ -301,6 +299,13 @@ class Logger:
     def _warn(self, warning: str) -> None:
         if self.main:
             self.bar.write(f"WARNING: {warning}", file=sys.stderr)
+
+
+def _input_alarm(run: Run) -> InputAlarm:
+    workers = run.config.num_workers
+    if run.accelerator.device.type == "cpu":  # the model uses all cores, and while it waits they are not idle
+        return InputAlarm(workers, free_cores=0, share=0.5)
+    return InputAlarm(workers, cores_without_process(workers))
 
 
 def _most_images_per_second(run: Run, gigaflop_per_image: float) -> float:

@@ -2,6 +2,9 @@
 
 import math
 
+import pytest
+
+from training import processes
 from training.alarms import CollapseAlarm, InputAlarm, SpikeAlarm
 
 
@@ -77,5 +80,12 @@ def test_the_remedies_begin_with_cores_that_are_free() -> None:
     for text in texts:
         assert "46% of the time (data_wait)" in text
         assert text.index("training.prepare") < text.index("num_views=4") < text.index("views_per_decode")
-    assert "Raise num_workers=4, as 11 cores have no process; or make smaller" in texts[0]
-    assert all("num_workers" not in text and "All cores have a process: make" in text for text in texts[1:])
+    assert "Raise num_workers=4 (cores without a process: 11); or make smaller" in texts[0]
+    assert all("num_workers" not in text and "All cores are in use: make" in text for text in texts[1:])
+
+
+def test_every_process_of_this_machine_and_every_worker_needs_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "usable_cores", lambda: 16)
+    assert processes.cores_without_process(num_workers=4) == 11
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert processes.cores_without_process(num_workers=4) == 6

@@ -96,7 +96,11 @@ def test_dropout_would_be_on_in_every_step_and_off_in_every_evaluation(
 
 
 def test_the_log_tells_how_the_time_is_spent(
-    write_shards: Write, settings: Settings, run_pretraining: Train, monkeypatch: pytest.MonkeyPatch
+    write_shards: Write,
+    settings: Settings,
+    run_pretraining: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """By a clock on which a batch takes three seconds to come and one to learn."""
     now = 0.0
@@ -118,13 +122,16 @@ def test_the_log_tells_how_the_time_is_spent(
     monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(log, "matmul_peak", lambda device, dtype: 1e9 if dtype is torch.bfloat16 else 1)
     write_shards(20)
-    config = settings(epochs=2, logging_steps=2, mixed_precision="bf16")
+    config = settings(epochs=6, logging_steps=2, mixed_precision="bf16")
     entries = [entry for entry in read_metrics(run_pretraining(config) / "metrics.jsonl") if "loss" in entry]
-    assert [entry["step"] for entry in entries] == [2, 4]
-    assert [entry["images_per_second"] for entry in entries] == [2, 2]
-    assert [entry["data_wait"] for entry in entries] == [0.75, 0.75]
-    expected = 2 * gigaflop_per_image(config.model_config())
-    assert [entry["mfu"] for entry in entries] == pytest.approx([expected] * 2)
+    assert [entry["step"] for entry in entries] == [2, 4, 6, 8, 10, 12]
+    assert {entry["images_per_second"] for entry in entries} == {2}
+    assert {entry["data_wait"] for entry in entries} == {0.75}
+    assert [entry["mfu"] for entry in entries] == pytest.approx([2 * gigaflop_per_image(config.model_config())] * 6)
+    said = capsys.readouterr().err
+    assert "data wait 75%, mfu 0%" in said
+    assert said.count("WARNING: Training waits for images 75% of the time (data_wait), and more than 50% in 5") == 1
+    assert "All cores are in use" in said  # as the model is on the CPU
 
 
 def test_a_decoded_batch_serves_several_passes_with_new_views(
