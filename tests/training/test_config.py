@@ -53,6 +53,7 @@ IMPOSSIBLE = {
     "num_hidden_layers": 0,
     "mask_ratio": 1.0,
     "num_views": 1,
+    "views_per_decode": 0,
     "temperature": 0.0,
     "kappa": -0.5,
     "resume": "no/such/folder",
