@@ -20,9 +20,19 @@ TINY = {
 }  # 16 patches, two views of 4
 
 
+# What takes longest comes first: then no process is left alone with it at the end.
+LONGEST = ["test_readme.py", "test_faults.py", "test_resume.py", "test_execution.py", "test_pretrain_two_processes.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist hand out files in the order of the collection, not those with the most tests first."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's tests, which take longest, come first: then no process is left alone with them at the end."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """Begin with the longest files."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture

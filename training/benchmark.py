@@ -5,6 +5,7 @@
 - growth: time per image as the contrastive batch grows, and the share of the similarity matrix and the loss in it;
 - views: time of more views of the same number of patches each;
 - resume: time to the first batch where training resumes, at several places of data as large as ImageNet-1k;
+- prepared: images per second of decoding and cropping on one core, as stored and as `training.prepare` stores them;
 - input: images per second and core of reading, decoding and cropping, against a plain loop; the time of each stage.
 
 A step is forward, backward and optimiser; its images are random, so nothing is read or decoded. Times are medians of
@@ -37,11 +38,13 @@ from training.batch_cost import (
 from training.input_cost import InputSettings, measure_input
 from training.monitor import provenance
 from training.parser import parse_settings
+from training.prepared_cost import PreparedSettings, measure_prepared
 from training.resume_cost import ResumeSettings, measure_resume
 
 
 PROGRAM = "training.benchmark"
-Kind = TypeVar("Kind", bound=StepSettings | ResumeSettings | InputSettings)
+Settings = StepSettings | ResumeSettings | PreparedSettings | InputSettings
+Kind = TypeVar("Kind", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ PARTS: dict[str, Part[Any]] = {
         {"epochs done": ("epochs", ""), "seconds to the first batch": ("median_seconds", ".2f")}
         | {"seconds to open the data": ("opening_seconds", ".2f")},
     ),
+    "prepared": Part(
+        PreparedSettings,
+        measure_prepared,
+        {"images": ("name", ""), "images per second": ("images_per_second", ".0f"), "speed": ("speed_ratio", ".2f")}
+        | {"bytes": ("bytes_ratio", ".2f")},
+    ),
     "input": Part(
         InputSettings,
         measure_input,
@@ -104,7 +113,7 @@ def markdown(columns: dict[str, tuple[str, str]], entries: list[Entry]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main(part: str, config: StepSettings | ResumeSettings | InputSettings) -> None:
+def main(part: str, config: Settings) -> None:
     """Measure, write and print."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if accelerator.num_processes > 1:
@@ -127,7 +136,7 @@ def main(part: str, config: StepSettings | ResumeSettings | InputSettings) -> No
     print(markdown(PARTS[part].columns, entries))  # noqa: T201
 
 
-def parse(argv: Sequence[str]) -> tuple[str, StepSettings | ResumeSettings | InputSettings]:
+def parse(argv: Sequence[str]) -> tuple[str, Settings]:
     """The part and its settings; ends the program with status 2 if one of them is impossible."""
     parser = ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--part", choices=list(PARTS), required=True)

@@ -69,7 +69,7 @@ def cached_backward(
     )
 
     # (2) Their loss and its gradient at each of them, over all processes if negatives are global.
-    unwrapped = accelerator.unwrap_model(model)
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     assert isinstance(unwrapped, MiclForPreTraining)
     view_embeds.requires_grad_()
     loss, logits = unwrapped.contrast(view_embeds)

@@ -80,16 +80,6 @@ class CheckpointWriter:
         return None
 
 
-def save_checkpoint(
-    run: Resumable, folder: Path, step: int, state: dict[str, Any], keep: int, keep_every: int = 0
-) -> Path:
-    """Write `folder/step-N` with all processes together; see `CheckpointWriter`."""
-    writer = CheckpointWriter(folder, keep, keep_every)
-    writer.begin(run, step, state, copy=False)
-    writer.finish()
-    return _place(folder, step)
-
-
 def write_checkpoint(contents: Contents, folder: Path, step: int, keep: int, keep_every: int = 0) -> None:
     """Write `folder/step-N`, and delete old ones.
 
@@ -175,7 +165,7 @@ def find_defect(checkpoint: Path) -> str | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state given to `save_checkpoint`."""
+    """The state that was given to `CheckpointWriter.begin`."""
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     return state
 

@@ -74,6 +74,9 @@ class TrainingSettings(DataSettings):
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images is broken, in [0, 1]")
 
     gradient_checkpointing: bool = setting(False, "save memory: recompute each layer in the backward pass")
+    torch_compile: Literal["no", "default", "reduce-overhead"] = setting(
+        "no", "compile the model in this mode of torch.compile; 'reduce-overhead' is for small models on a GPU"
+    )
     gradient_accumulation_steps: int = setting(1, "batches per optimiser step; adds no negatives")
     epochs: int = setting(200, "passes over the data that the learning-rate schedule spans")
     warmup_epochs: float = setting(10, "epochs of linear warm-up from 0")
@@ -106,7 +109,7 @@ class TrainingSettings(DataSettings):
     # What may differ when a run is resumed: it changes neither the model nor the course of training.
     CHANGEABLE: ClassVar[set[str]] = {
         *("output_dir", "resume", "max_steps", "save_steps", "save_total_limit", "logging_steps", "report_to"),
-        *("num_workers", "max_bad_fraction", "gradient_checkpointing", "eval_split"),
+        *("num_workers", "max_bad_fraction", "gradient_checkpointing", "torch_compile", "eval_split"),
         *("push_to_hub", "push_checkpoints", "push_private", "process_timeout", "stream_timeout"),
         *("keep_every_steps", "async_checkpoints", "on_full_disk", "max_bad_steps"),
     }
@@ -171,9 +174,7 @@ class PretrainConfig(TrainingSettings):
     num_hidden_layers: int = setting(12, "depth of the encoder")
     num_attention_heads: int = setting(12, "attention heads of each layer")
     layer_norm_eps: float = setting(1e-6, "added to the variance in every LayerNorm; stock ViT has 1e-12")
-    init_from: str | None = setting(
-        None, "start from the encoder of this MiCL or stock ViT (portable folder or Hub id) instead of random weights"
-    )
+    init_from: str | None = setting(None, "start from this MiCL or stock ViT (folder or Hub id), not random weights")
 
     mask_ratio: float = setting(0.9, "share of the patches that no view sees, in [0, 1)")
     num_views: int = setting(2, "disjoint views of each image, at least 2")
@@ -192,9 +193,7 @@ class PretrainConfig(TrainingSettings):
     per_device_micro_batch_size: int | None = setting(
         None, "images of each process in one pass; fewer than its share means the cached loss; unset, its whole share"
     )
-    find_micro_batch: bool = setting(
-        False, "begin with a search for the largest per_device_micro_batch_size that fits"
-    )
+    find_micro_batch: bool = setting(False, "begin by finding the largest per_device_micro_batch_size that fits")
 
     adam_beta1: float = setting(0.9, "in [0, 1)")
     adam_beta2: float = setting(0.95, "in [0, 1)")
@@ -273,7 +272,6 @@ class PretrainConfig(TrainingSettings):
                 raise ValueError(f"{name} takes one number, or height and width, got {getattr(self, name)}.")
         self.model_config()
         self._validate_at_least(0, "knn_epochs", "knn_images", "layer_norm_eps")
-        self._validate_at_least(1, "views_per_decode")
         self._validate_share("adam_beta1", "adam_beta2", one=False)
         if self.online_probe and (self.knn_epochs == 0 or self.knn_images < 10):
             raise ValueError(
@@ -285,7 +283,8 @@ class PretrainConfig(TrainingSettings):
 
     def _validate_batch(self) -> None:
         """What can be said about the batch sizes before the number of processes is known."""
-        self._validate_at_least(1, "per_device_batch_size", "contrastive_batch_size", "per_device_micro_batch_size")
+        names = ("per_device_batch_size", "contrastive_batch_size", "per_device_micro_batch_size", "views_per_decode")
+        self._validate_at_least(1, *names)
         if self.contrastive_batch_size is None:
             for name in ("per_device_micro_batch_size", "find_micro_batch"):
                 if value := getattr(self, name):
@@ -301,6 +300,11 @@ class PretrainConfig(TrainingSettings):
                 "change the one of a recipe, not remove it."
             )
         check_contrasted(self.contrastive_batch_size, "contrastive_batch_size", self.contrastive_batch_size)
+        if self.torch_compile == "reduce-overhead" and (self.per_device_micro_batch_size or self.find_micro_batch):
+            raise ValueError(
+                "torch_compile='reduce-overhead' replays its outputs in place, and the cached loss has to keep those "
+                "of all micro-batches: use 'default', or leave out the micro-batch."
+            )
         if self.per_device_micro_batch_size is not None:
             whole = f"contrastive_batch_size={self.contrastive_batch_size}"
             check_micro_batch(self.per_device_micro_batch_size, self.contrastive_batch_size, whole)

@@ -37,6 +37,27 @@ def without_stopping(what: str) -> Iterator[None]:
         tqdm.write(f"WARNING: {what} cannot be written now ({error}): {ADVICE}.", file=sys.stderr)
 
 
+@contextmanager
+def replace_file(final: Path, unfinished: Path | None = None) -> Iterator[Path]:
+    """Write a file in the place of another, so that there is the whole old or the whole new one at any moment.
+
+    Args:
+        final: the file.
+        unfinished: what is written first, in the same folder; by default a name that the next to write uses again.
+
+    Yields:
+        Where to write; nothing is left there after an error.
+    """
+    unfinished = unfinished or final.with_name(f".tmp-{final.name}")
+    try:
+        yield unfinished
+        synchronise_file(unfinished)
+        unfinished.replace(final)
+    except Exception:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
 def replace_folder(new: Path, final: Path) -> None:
     """Put a finished folder in the place of another, so that there is a whole one at any moment.
 
@@ -80,9 +101,14 @@ def synchronise(folder: Path) -> None:
     """Have all files of a folder on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            synchronise_file(path)
     synchronise_folder(folder)
+
+
+def synchronise_file(path: Path) -> None:
+    """Have what a file holds on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def synchronise_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 
 from modeling_micl import MiclForImageClassification, MiclModel
 from training.data import Batch, EvaluationImages, batches
+from training.disk import replace_file
 from training.images import central_crop
 from training.skipped import SkippedImage
 from training.source import ImageSource
@@ -199,11 +200,9 @@ def cached_features(
     extracted = extract()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".tmp-{os.getpid()}")
-        save_file(
-            {k: v.contiguous() for k, v in extracted.features.items()} | {"labels": extracted.labels}, unfinished
-        )
-        unfinished.replace(file)
+        tensors = {k: v.contiguous() for k, v in extracted.features.items()} | {"labels": extracted.labels}
+        with replace_file(file, file.with_suffix(f".tmp-{os.getpid()}")) as unfinished:  # others may write it, too
+            save_file(tensors, unfinished)
     return extracted
 
 

@@ -10,11 +10,41 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
+
+from modeling_micl import MiclForPreTraining
+from modeling_micl.configuration_micl import height_and_width
+from training.data import Batch, EvaluationImages, batches
+from training.features import normalize_pixels
+from training.images import central_crop
+from training.source import ImageSource
 
 
 matplotlib.use("Agg")
 MASKED_GRAY = 0.92
+FIGURE_ROWS = 6
+SIMILARITY_IMAGES = 64
+
+
+@torch.no_grad()
+def save_figures(
+    folder: Path, untrained: MiclForPreTraining, trained: MiclForPreTraining, source: ImageSource
+) -> None:
+    """Write views.png and similarity.png of a few images to `folder/figures`."""
+    config = trained.config
+    images = EvaluationImages(source, central_crop(height_and_width(config.image_size)), SIMILARITY_IMAGES)
+    batch: Batch = next(batches(images, num_workers=0))
+    pixels = batch.pixels.to(trained.device)
+    ids_visible = trained.sample_views(
+        normalize_pixels(pixels), generator=torch.Generator(trained.device).manual_seed(0)
+    )
+    # The encoder alone: with global negatives the loss would wait for the other processes.
+    cls = [m.vit.eval()(normalize_pixels(pixels), ids_visible).pooler_output for m in (untrained, trained)]
+    embeds = [normalize(each.float(), dim=-1).unflatten(0, ids_visible.shape[:2]) for each in cls]
+    patch_size = height_and_width(config.patch_size)
+    figures = folder / "figures"
+    save_views(figures / "views.png", batch.pixels[:FIGURE_ROWS], ids_visible[:FIGURE_ROWS].cpu(), patch_size)
+    save_similarities(figures / "similarity.png", *(each.cpu() for each in embeds))
 
 
 def save_views(path: Path, pixels: Tensor, ids_visible: Tensor, patch_size: tuple[int, int]) -> None:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from training.agreement import Told
 from training.alarms import Alarm, InputAlarm, SpikeAlarm
 from training.data import Batch
-from training.disk import without_stopping
+from training.disk import replace_file, without_stopping
 from training.monitor import matmul_peak
 from training.processes import cores_without_process
 from training.run import Run
@@ -45,20 +45,19 @@ Met = tuple[int, int, SkippedImage]
 class MetricsLog:
     """`metrics.jsonl`, one object per line; entries beyond the resumed step are dropped, as they come again.
 
-    There is no file before the first entry.
+    There is no file before the first entry. `kept` are the entries that were there and stay.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self.waiting: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
-        if not kept:
+        self.kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
+        if not self.kept:
             path.unlink(missing_ok=True)
             return
-        unfinished = path.with_name(f".tmp-{path.name}")
-        unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        unfinished.replace(path)
+        with replace_file(path) as unfinished:
+            unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in self.kept))
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry; it must have a step. While the disk is full, entries wait for the next to be written."""
@@ -100,7 +99,7 @@ class SkippedLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self.file = MetricsLog(path, step)
-        self.known = {entry["index"] for entry in read_metrics(path)}
+        self.known = {entry["index"] for entry in self.file.kept}
 
     def add(self, met: list[Met]) -> list[str]:
         """Append the images that are not there yet; returns what to tell of them: little if they are many."""

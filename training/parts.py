@@ -1,7 +1,6 @@
 """The parts of a collection: the images of each, and the Parquet file that holds their vectors."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from training.data import Batch, decode, worker_number
+from training.disk import replace_file
 from training.images import Transform
 from training.monitor import provenance
 from training.source import ImageSource
@@ -144,14 +144,9 @@ def write_part(file: Path, part: Part, schema: pa.Schema, about: About) -> None:
     }
     facts = {ABOUT: json.dumps(about | {"versions": provenance()["versions"]}), BROKEN: json.dumps(part.broken)}
     schema = schema.with_metadata(schema.metadata | facts)
-    unfinished = file.with_name(f".tmp-{file.name}")
-    with unfinished.open("wb") as opened:
-        with pq.ParquetWriter(opened, schema) as writer:
-            if part.index:  # `datasets` cannot read an empty row group
-                writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
-        opened.flush()
-        os.fsync(opened.fileno())
-    unfinished.replace(file)
+    with replace_file(file) as unfinished, pq.ParquetWriter(unfinished, schema) as writer:
+        if part.index:  # `datasets` cannot read an empty row group
+            writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
 
 
 def read_facts(file: Path) -> tuple[About, list[str]]:

@@ -18,7 +18,7 @@ from training.card import write_card
 from training.config import PretrainConfig
 from training.data import Batch
 from training.features import encoder_features, normalize_pixels
-from training.figures import save_curves
+from training.figures import save_curves, save_figures
 from training.images import Transform, random_resized_crop
 from training.log import Logger, end_trackers, read_metrics
 from training.loop import Task, train
@@ -27,18 +27,9 @@ from training.monitor import batch_metrics, gigaflop_per_image
 from training.optim import build_optimizer
 from training.parser import parse_settings
 from training.processes import lost_processes, start_accelerator
-from training.results import (
-    TRAINED,
-    add_results,
-    final_scores,
-    frozen_scores,
-    knn_results,
-    knn_table,
-    save_figures,
-    save_model,
-    training_facts,
-)
+from training.results import TRAINED, add_results, save_model, training_facts
 from training.run import Model, Run, summary
+from training.scores import final_scores, frozen_scores, knn_results, knn_table
 from training.source import ImageSource, evaluation_split, open_split
 from training.start import load_start, start_from
 from training.stop import STOPPED_STATUS, StopRequest

@@ -1,53 +1,33 @@
-"""What a run leaves behind: the portable model folder, its eval.json, the figures and the table."""
+"""What a run leaves behind: the portable model folder and its eval.json, and the tables that are printed."""
 
 import json
 import shlex
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch.nn.functional import normalize
 from transformers import PreTrainedModel, ViTImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from modeling_micl import MiclConfig, MiclForPreTraining
+from modeling_micl import MiclConfig
 from modeling_micl.configuration_micl import height_and_width
 from modeling_micl.remote_code import add_remote_code
-from training.config import DataSettings, PretrainConfig
-from training.data import Batch, EvaluationImages, batches
-from training.disk import ADVICE, is_disk_full, replace_folder
-from training.features import (
-    BASELINES,
-    CENTRED_PIXELS,
-    IMAGENET,
-    Extractor,
-    Normalization,
-    encoder_features,
-    extract_features,
-    normalize_pixels,
-    with_centred_pixels,
-)
-from training.figures import save_similarities, save_views
-from training.images import central_crop
-from training.judge import fit_probe, knn_accuracy
+from training.config import DataSettings
+from training.disk import ADVICE, is_disk_full, replace_file, replace_folder
+from training.features import BASELINES, CENTRED_PIXELS, IMAGENET, Normalization
 from training.monitor import provenance
 from training.run import Run
 from training.source import ImageSource
 
 
-KNN_PROTOCOL = "kNN, k=20, cosine, votes weighted by exp(cosine / 0.07), [CLS] of the whole central crop"
 EVALUATION = "eval.json"
 UNTRAINED, TRAINED = "encoder before training", "encoder after training"
 RANDOM_WEIGHTS = "random weights"
 METRICS = {"top1_accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
 # Parts of an entry of eval.json that may differ between two measurements of the same thing.
 MEASURED = {"value", "command", "hardware", "versions", "details"}
-FIGURE_ROWS = 6
-SIMILARITY_IMAGES = 64
 
 
 def image_processor(config: MiclConfig, normalization: Normalization = IMAGENET) -> ViTImageProcessor:
@@ -151,11 +131,10 @@ def add_results(folder: Path, results: list[dict[str, Any]]) -> None:
 
 
 def _write_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
-    unfinished = folder / f".tmp-{EVALUATION}"
     folder.mkdir(parents=True, exist_ok=True)
     known = {key: value for key, value in evaluation.items() if value is not None}
-    unfinished.write_text(json.dumps(known, indent=2) + "\n")
-    unfinished.replace(folder / EVALUATION)
+    with replace_file(folder / EVALUATION) as unfinished:
+        unfinished.write_text(json.dumps(known, indent=2) + "\n")
 
 
 def is_comparison(entry: dict[str, Any]) -> bool:
@@ -212,111 +191,7 @@ def result(
     }
 
 
-@dataclass
-class FrozenScores:
-    """Top-1 accuracies in [0, 1] by the features' name, and the labelled images they come from."""
-
-    knn: dict[str, float]
-    probe: dict[str, float]
-    num_train_images: int
-    num_test_images: int
-
-
-def frozen_scores(
-    accelerator: Accelerator,
-    extractors: dict[str, Extractor],
-    splits: tuple[ImageSource, ImageSource],
-    size: tuple[int, int],
-    max_images: int,
-    num_workers: int,
-    with_probe: bool = False,
-) -> FrozenScores:
-    """Judge each extractor's features: the first split votes or is learned from, the second is classified.
-
-    There are no accuracies if one of the splits has no labels.
-    """
-    train, test = (extract_features(accelerator, split, extractors, size, max_images, num_workers) for split in splits)
-    train, test = with_centred_pixels(train, test)
-    scores = FrozenScores({}, {}, len(train.labels), len(test.labels))
-    for name in train.features if len(train.labels) and len(test.labels) else ():
-        votes, queries = train.features[name], test.features[name]
-        scores.knn[name] = knn_accuracy(votes, train.labels, queries, test.labels)
-        if with_probe:
-            probe = fit_probe(votes, train.labels, int(train.labels.max()) + 1)
-            scores.probe[name] = float((probe.scores(queries).argmax(dim=1) == test.labels).float().mean())
-    return scores
-
-
-def final_scores(
-    accelerator: Accelerator,
-    untrained: MiclForPreTraining,
-    trained: MiclForPreTraining,
-    splits: tuple[ImageSource, ImageSource],
-    max_images: int,
-    num_workers: int,
-) -> FrozenScores:
-    """Judge features that learn nothing, and those of the encoder before and after training."""
-    extractors = BASELINES | {
-        UNTRAINED: encoder_features(untrained.vit.eval(), accelerator),
-        TRAINED: encoder_features(trained.vit.eval(), accelerator),
-    }
-    size = height_and_width(trained.config.image_size)
-    return frozen_scores(accelerator, extractors, splits, size, max_images, num_workers)
-
-
-def knn_results(
-    scores: FrozenScores, config: PretrainConfig, splits: tuple[ImageSource, ImageSource]
-) -> list[dict[str, Any]]:
-    """Entries of eval.json at the end of pre-training."""
-    train, test = splits
-    return [
-        result(
-            "training.pretrain",
-            config,
-            test,
-            scores.num_test_images,
-            protocol=KNN_PROTOCOL,
-            value=accuracy,
-            seed=config.seed,
-            features=name,
-            train_split=train.split,
-            train_fingerprint=train.fingerprint,
-            num_train_images=scores.num_train_images,
-        )
-        for name, accuracy in scores.knn.items()
-    ]
-
-
-def knn_table(scores: FrozenScores) -> str:
-    """A table of the final scores of pre-training."""
-    if not scores.knn:
-        return "no kNN accuracy: the images have no labels"
-    title = f"kNN accuracy on {scores.num_test_images} test images (top-1, k = 20)"
-    return table(title, {name: f"{accuracy:6.1%}" for name, accuracy in scores.knn.items()})
-
-
 def table(title: str, rows: dict[str, str]) -> str:
     """A table for people: a title, then a name and its values in each line."""
     width = max(map(len, rows), default=0)
     return "\n".join([title, *(f"  {name:<{width}}  {values}" for name, values in rows.items())])
-
-
-@torch.no_grad()
-def save_figures(
-    folder: Path, untrained: MiclForPreTraining, trained: MiclForPreTraining, source: ImageSource
-) -> None:
-    """Write views.png and similarity.png of a few images to `folder/figures`."""
-    config = trained.config
-    images = EvaluationImages(source, central_crop(height_and_width(config.image_size)), SIMILARITY_IMAGES)
-    batch: Batch = next(batches(images, num_workers=0))
-    pixels = batch.pixels.to(trained.device)
-    ids_visible = trained.sample_views(
-        normalize_pixels(pixels), generator=torch.Generator(trained.device).manual_seed(0)
-    )
-    # The encoder alone: with global negatives the loss would wait for the other processes.
-    cls = [m.vit.eval()(normalize_pixels(pixels), ids_visible).pooler_output for m in (untrained, trained)]
-    embeds = [normalize(each.float(), dim=-1).unflatten(0, ids_visible.shape[:2]) for each in cls]
-    patch_size = height_and_width(config.patch_size)
-    figures = folder / "figures"
-    save_views(figures / "views.png", batch.pixels[:FIGURE_ROWS], ids_visible[:FIGURE_ROWS].cpu(), patch_size)
-    save_similarities(figures / "similarity.png", *(each.cpu() for each in embeds))

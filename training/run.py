@@ -156,6 +156,8 @@ class Run:
             model.set_attn_implementation("eager")  # on short sequences the fused kernel's backward pass is slower
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
+        if config.torch_compile != "no":
+            model.compile(mode=config.torch_compile)
         run = cls(config, accelerator, source, plan, *accelerator.prepare(model, optimizer))
         if ema_decay is not None:
             if accelerator.is_fsdp2:
@@ -210,7 +212,7 @@ class Run:
 
     def unwrapped(self) -> Model:
         """The model without what accelerate put around it; with FSDP it holds a part of its weights."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         assert isinstance(model, Model)
         return model
 

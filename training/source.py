@@ -35,7 +35,7 @@ class ImageSource:
     """Undecoded rows of one split.
 
     Attributes:
-        rows: a map-style dataset, or a stream that can be split into its shards.
+        rows: a map-style dataset, or a stream that can be split into its shards; columns as `open_source` was told.
         lengths: rows in each shard of the stream; one number for a map-style dataset.
         image_column: column of `rows` with undecoded images.
         label_column: column with integer labels, None if there are none.
@@ -117,6 +117,7 @@ def open_source(
     label_column: str | None = None,
     max_images: int | None = None,
     stream_timeout: float = 600,
+    all_columns: bool = False,
 ) -> ImageSource:
     """Open one split of a dataset without decoding anything.
 
@@ -130,6 +131,7 @@ def open_source(
         label_column: the only class label column when unset, if there is one.
         max_images: use only so many rows, from all over the split.
         stream_timeout: seconds that a stream over a network may give nothing.
+        all_columns: whether rows hold all that is stored, instead of image and label only.
 
     Raises:
         ValueError: if the dataset, the split or a column does not exist, naming what there is.
@@ -152,8 +154,9 @@ def open_source(
     label_column = _label_column(rows.features, label_column)
     columns = sorted(rows.features)
     names = getattr(rows.features[label_column], "names", None) if label_column else None
-    rows = rows.select_columns([column for column in (image_column, label_column) if column])
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    image_and_label = rows.select_columns([column for column in (image_column, label_column) if column])
+    rows = rows if all_columns else image_and_label
     if max_images is not None and isinstance(rows, datasets.Dataset):
         kept = min(max_images, len(rows))
         rows = rows.select([number * len(rows) // kept for number in range(kept)])
@@ -169,7 +172,7 @@ def open_source(
         lengths = first_rows(lengths, max_images)
     if sum(lengths) == 0:
         raise ValueError(f"The split {split!r} of {dataset!r} is empty: check --dataset and --split.")
-    fingerprint = _fingerprint(files, lengths, rows.features)
+    fingerprint = _fingerprint(files, lengths, image_and_label.features)
     origin = getattr((builder.config.data_files or {}).get(split), "origin_metadata", None)
     if row_groups and names:  # a thousand of them would be copied several times whenever a shard is opened
         rows = rows.cast_column(label_column, datasets.Value("int64"))
@@ -189,10 +192,13 @@ def open_source(
     )
 
 
-def open_split(settings: DataSettings, split: str, max_images: int | None = None) -> ImageSource:
+def open_split(
+    settings: DataSettings, split: str, max_images: int | None = None, all_columns: bool = False
+) -> ImageSource:
     """Open a split of the dataset that the settings name; see `open_source`."""
     where = (settings.dataset_config, settings.streaming, settings.image_column, settings.label_column)
-    return open_source(settings.dataset, split, *where, max_images=max_images, stream_timeout=settings.stream_timeout)
+    how = (max_images, settings.stream_timeout, all_columns)
+    return open_source(settings.dataset, split, *where, *how)
 
 
 def evaluation_split(settings: DataSettings) -> str | None:

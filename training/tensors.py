@@ -99,7 +99,7 @@ def load_tensors(run: Resumable, folder: Path) -> None:
 
 
 def _bare(run: Resumable) -> nn.Module:
-    model: nn.Module = run.accelerator.unwrap_model(run.model)
+    model: nn.Module = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
     return model
 
 

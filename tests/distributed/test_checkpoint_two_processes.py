@@ -1,10 +1,8 @@
 """A checkpoint is the same whoever wrote it, and one process, two copies or two halves of a model go on alike."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from assassin import fill_disk
+from forks import run
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,11 +20,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_micl import MiclConfig, MiclForPreTraining
-from training.checkpoint import DiskFull, load_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointWriter, DiskFull, load_checkpoint
 from training.optim import build_optimizer
 
 
-ROOT = Path(__file__).parents[2]
 KINDS = ("plain", "copies", "halves")
 
 pytestmark = pytest.mark.slow
@@ -59,7 +57,9 @@ def train(run: SimpleNamespace, step: int) -> None:
 
 
 def save(run: SimpleNamespace, folder: Path, *name: str) -> None:
-    save_checkpoint(run, folder / "-".join(name), 2, {}, keep=1)
+    writer = CheckpointWriter(folder / "-".join(name), keep=1)
+    writer.begin(run, 2, {}, copy=False)
+    writer.finish()
 
 
 def train_and_save(accelerator: Accelerator, kind: str, folder: Path) -> None:
@@ -120,12 +120,8 @@ def folder(alone: Accelerator, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Checkpoints KIND, what came of each when it was loaded as another, KIND-OTHER, and later, KIND-OTHER-later."""
     folder = tmp_path_factory.mktemp("checkpoints")
     train_and_save(alone, "plain", folder)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    done = subprocess.run(
-        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    done = run(partial(main, folder), folder, processes=2)
+    assert done.status == 0, done.complaints[-5000:]
     load_and_go_on(alone, "plain", folder)
     return folder
 
@@ -174,7 +170,3 @@ def test_the_next_step_is_the_same(source: str, kind: str, folder: Path) -> None
     for name, values in tensors.items():
         torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-8, msg=name)
         assert name.endswith("position_embeddings") or not torch.equal(values, before[name])
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

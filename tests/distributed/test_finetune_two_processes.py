@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from forks import Done, command, run
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -21,7 +19,6 @@ from modeling_micl import MiclConfig, MiclForPreTraining
 from training.results import save_model
 
 
-ROOT = Path(__file__).parents[2]
 STEPS, TEST_IMAGES, CLASSES = 9, 31, 3
 
 pytestmark = pytest.mark.slow
@@ -51,13 +48,10 @@ def write_split(folder: Path, split: str, length: int) -> None:
 
 
 @dataclass
-class Finished:
+class Finished(Done):
     """A command that has come to its end."""
 
     folder: Path
-    status: int
-    printed: str
-    complaints: str
 
     def column(self, name: str) -> list[float]:
         """A metric of all entries that have it."""
@@ -79,12 +73,8 @@ def finetune(folder: Path, processes: int) -> Finished:
         **{"mixup_alpha": 0, "cutmix_alpha": 0, "erasing_probability": 0, "drop_path_rate": 0, "ema_decay": 0.9},
         **{"max_steps": STEPS, "mixed_precision": "no", "logging_steps": 1, "report_to": "none", "num_workers": 0},
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "training.finetune"]
-    command += [f"--{setting}={value}" for setting, value in settings.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "home")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    return Finished(folder / str(processes), done.returncode, done.stdout, done.stderr)
+    done = run(command("training.finetune", **settings), folder / "home", processes)
+    return Finished(**vars(done), folder=folder / str(processes))
 
 
 @pytest.fixture(scope="module")

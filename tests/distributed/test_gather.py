@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from forks import run
 from torch import Tensor
-from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_micl import MiclConfig, MiclForPreTraining, losses
@@ -85,12 +85,11 @@ CASES: dict[str, Callable[[int], Result]] = {
 MUTANTS = list(CASES)[3:]
 
 
-def run_all_cases(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=600)
-    )
-    torch.save({name: case(rank) for name, case in CASES.items()}, f"{folder}/{rank}.pt")
+def run_all_cases(folder: Path) -> None:
+    """What each of the processes does."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
+    rank = dist.get_rank()
+    torch.save({name: case(rank) for name, case in CASES.items()}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -98,8 +97,9 @@ def run_all_cases(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
     """What every process got in every case."""
     folder = tmp_path_factory.mktemp("processes")
-    spawn(run_all_cases, args=(str(folder),), nprocs=PROCESSES)
-    by_rank = [torch.load(folder / Path(f"{rank}.pt")) for rank in range(PROCESSES)]
+    done = run(partial(run_all_cases, folder), folder, PROCESSES)
+    assert done.status == 0, done.complaints[-5000:]
+    by_rank = [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
     return {name: [of_rank[name] for of_rank in by_rank] for name in CASES}
 
 

@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from forks import run
 from PIL import Image
 
 from modeling_micl import MiclConfig, MiclForImageClassification
@@ -22,7 +21,6 @@ from training.features import LabelledFeatures, cached_features
 from training.source import open_source
 
 
-ROOT = Path(__file__).parents[2]
 UNEVEN = [3, 25, 0, 9]  # 37 images: neither two processes nor their batches share them out evenly
 UNREADABLE, UNLABELLED = {1, 20}, {30}
 CLASSES = 7
@@ -105,12 +103,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = MiclForImageClassification(config)
     torch.nn.init.normal_(model.classifier.weight)
     model.save_pretrained(folder / "model")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
     for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), __file__, str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr[-5000:]
+        done = run(partial(main, folder), folder / "home", processes)
+        assert done.status == 0, done.complaints[-5000:]
     return folder
 
 
@@ -172,7 +167,3 @@ def test_the_program_for_nearest_neighbours_writes_the_same_results(folder: Path
     )
     assert several == alone
     assert [entry[2] for entry in alone] == [37] * 4
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from commands import run_commands
+from forks import Done, command, run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -43,13 +43,10 @@ def write_shards(folder: Path, split: str, lengths: list[int], broken: Collectio
 
 
 @dataclass
-class Finished:
+class Finished(Done):
     """A run that has come to its end."""
 
     folder: Path
-    status: int
-    printed: str
-    complaints: str
 
     def column(self, name: str) -> list[float]:
         """A metric of all steps."""
@@ -67,15 +64,15 @@ class Finished:
         return {result["features"]: result["value"] for result in results}
 
 
-def command(
+def pretrain(
     folder: Path,
     processes: int,
-    negatives: str,
+    negatives: str = "global",
     micro_batch: int | None = None,
     sharded: bool = False,
     steps: int = STEPS,
     batch: int | None = None,
-) -> tuple[str, dict[str, object]]:
+) -> Finished:
     """Train on processes that share a batch, and with FSDP the model, too."""
     batch = batch or (BATCH if negatives == "global" else BATCH // processes)
     settings: dict[str, object] = {
@@ -88,7 +85,9 @@ def command(
         **{"knn_epochs": 8, "online_probe": "true"},
         **({"per_device_micro_batch_size": micro_batch} if micro_batch else {}),
     }
-    return "tests.distributed.fsdp_on_cpu" if sharded else "training.pretrain", settings
+    module = "tests.distributed.fsdp_on_cpu" if sharded else "training.pretrain"
+    done = run(command(module, **settings), folder.parent / "home", processes)
+    return Finished(**vars(done), folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -97,35 +96,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     folder = tmp_path_factory.mktemp("runs")
     write_shards(folder / "data", "train", UNEVEN, BROKEN)
     write_shards(folder / "data", "test", [31])
-    resumed = folder / "resumed"
-    launches: list[tuple[int, dict[str, tuple[str, dict[str, object]]]]] = [
-        (2, {"resumed": command(resumed, 2, "global", steps=20)}),  # within an epoch of three batches, as the next
-        (
-            1,
-            {
-                "one": command(folder / "one", 1, "global"),
-                "one, cached": command(folder / "one, cached", 1, "global", 8),
-                "resumed": command(resumed, 1, "global", steps=35),
-            },
-        ),
-        (
-            2,
-            {
-                "resumed": command(resumed, 2, "global"),
-                "global": command(folder / "global", 2, "global"),
-                "local": command(folder / "local", 2, "local"),
-                "global, cached": command(folder / "global, cached", 2, "global", 4),
-                # The last one, as it stays sharded.
-                "sharded, cached": command(folder / "sharded, cached", 2, "global", 4, sharded=True),
-            },
-        ),
-    ]
-    finished = {}
-    for number, (processes, commands) in enumerate(launches):
-        done = run_commands(folder / f"launch-{number}", list(commands.values()), processes)
-        for name, printed in zip(commands, done.printed, strict=True):
-            finished[name] = Finished(folder / name, done.status, printed, done.complaints)
-    return finished
+    for processes, steps in ((2, 20), (1, 35)):  # within an epoch of three batches
+        pretrain(folder / "resumed", processes, steps=steps)
+    return {
+        "one": pretrain(folder / "one", 1),
+        "one, cached": pretrain(folder / "one, cached", 1, micro_batch=8),
+        "resumed": pretrain(folder / "resumed", 2),
+        "global": pretrain(folder / "global", 2),
+        "local": pretrain(folder / "local", 2, "local"),
+        "global, cached": pretrain(folder / "global, cached", 2, micro_batch=4),
+        "sharded, cached": pretrain(folder / "sharded, cached", 2, micro_batch=4, sharded=True),
+    }
 
 
 @pytest.mark.parametrize("name", ["one", "global", "local", "one, cached", "global, cached", "sharded, cached"])
@@ -170,9 +151,7 @@ def test_a_run_on_two_processes_goes_on_with_one_and_with_two_again(runs: dict[s
 
 def test_with_local_negatives_only_as_many_processes_go_on(runs: dict[str, Finished]) -> None:
     folder = runs["local"].folder
-    refused = run_commands(
-        folder.parent / "refused", [command(folder, 1, "local", steps=STEPS + 1, batch=BATCH // 2)], 1
-    )
+    refused = pretrain(folder, 1, "local", steps=STEPS + 1, batch=BATCH // 2)
     assert refused.status == 1
     assert f"forward_images: {BATCH} → {BATCH // 2}). Go back to them and as many processes" in refused.complaints
     assert len(runs["local"].column("loss")) == STEPS

@@ -1,6 +1,5 @@
 """A contrastive batch has one gradient, however processes and passes through the model share it out."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -14,9 +13,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from forks import run
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import spawn
 from torch.nn import Module
 
 from modeling_micl import MiclForPreTraining, losses
@@ -178,14 +177,10 @@ TOGETHER: dict[str, Callable[[], Result]] = {
 TOGETHER |= {f"{name}, plain": partial(learn_broken, name, None) for name in list(BROKEN)[:3]}
 
 
-def run_all_cases(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
-    os.environ["MASTER_ADDR"] = "unused"  # Accelerate asks for it even where processes have met already
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
-    )
-    torch.save({name: case() for name, case in TOGETHER.items()}, f"{folder}/{rank}.pt")
+def run_all_cases(folder: Path) -> None:
+    """What each of the processes does."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.save({name: case() for name, case in TOGETHER.items()}, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
@@ -193,8 +188,9 @@ def run_all_cases(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
     """What every process got in every case; one that is alone is its own."""
     folder = tmp_path_factory.mktemp("processes")
-    spawn(run_all_cases, args=(str(folder),), nprocs=PROCESSES)
-    by_rank = [torch.load(folder / Path(f"{rank}.pt")) for rank in range(PROCESSES)]
+    done = run(partial(run_all_cases, folder), folder, PROCESSES)
+    assert done.status == 0, done.complaints[-5000:]
+    by_rank = [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
     AcceleratorState._reset_state(reset_partial_state=True)
     alone = {name: [case()] for name, case in ALONE.items()}
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -65,6 +65,10 @@ CONFLICTING: dict[str, tuple[dict[str, Any], str]] = {
         {"contrastive_batch_size": 8, MICRO: 4, "find_micro_batch": True},
         f"find_micro_batch would replace {MICRO}=4",
     ),
+    "passes on one place": (
+        {"contrastive_batch_size": 8, MICRO: 4, "torch_compile": "reduce-overhead"},
+        "torch_compile='reduce-overhead' replays its outputs in place.*use 'default'",
+    ),
 }
 
 

@@ -23,7 +23,6 @@ from training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     read_state,
-    save_checkpoint,
     set_aside_later,
 )
 from training.tensors import gather_state, write_files
@@ -44,6 +43,13 @@ def run(no_accelerator: None) -> SimpleNamespace:
     return SimpleNamespace(accelerator=accelerator, model=model, optimizer=optimizer, averaged=None)
 
 
+def save_checkpoint(run: SimpleNamespace, folder: Path, step: int, keep: int, keep_every: int = 0) -> Path:
+    writer = CheckpointWriter(folder, keep, keep_every)
+    writer.begin(run, step, {"step": step}, copy=False)
+    writer.finish()
+    return folder / f"step-{step:06d}"
+
+
 @pytest.fixture
 def save(run: SimpleNamespace, tmp_path: Path) -> Callable[..., Path]:
     """Save a checkpoint whose weights and state are its step."""
@@ -51,7 +57,7 @@ def save(run: SimpleNamespace, tmp_path: Path) -> Callable[..., Path]:
     def save(step: int, keep: int = 9) -> Path:
         with torch.no_grad():
             run.model.weight.fill_(step)
-        return save_checkpoint(run, tmp_path, step, {"step": step}, keep)
+        return save_checkpoint(run, tmp_path, step, keep)
 
     return save
 
@@ -98,7 +104,7 @@ def test_the_newest_are_kept(save: Callable[..., Path], tmp_path: Path) -> None:
 
 def test_every_kth_is_kept_beside_the_newest(run: SimpleNamespace, tmp_path: Path) -> None:
     for step in range(2, 27, 2):
-        save_checkpoint(run, tmp_path, step, {"step": step}, keep=2, keep_every=10)
+        save_checkpoint(run, tmp_path, step, keep=2, keep_every=10)
     assert steps(tmp_path) == [10, 20, 24, 26]
     assert all(find_defect(tmp_path / f"step-{step:06d}") is None for step in (10, 20))
 
@@ -229,10 +235,10 @@ def test_death_at_any_moment_leaves_a_valid_checkpoint(
     assert survives_every_death(save, tmp_path, moment, keep, monkeypatch) > 10
 
 
-def delete_first(run: SimpleNamespace, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def delete_first(run: SimpleNamespace, folder: Path, step: int, keep: int) -> Path:
     for old in sorted(folder.glob("step-*"))[: 1 - keep or None]:
         shutil.rmtree(old)
-    return save_checkpoint(run, folder, step, state, keep)
+    return save_checkpoint(run, folder, step, keep)
 
 
 def trust_anything(checkpoint: Path) -> None:
@@ -243,7 +249,7 @@ def test_deleting_old_ones_first_would_be_noticed(
     run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save(step: int, keep: int = 9) -> Path:
-        return delete_first(run, tmp_path, step, {"step": step}, keep)
+        return delete_first(run, tmp_path, step, keep)
 
     with pytest.raises(AssertionError):
         survives_every_death(save, tmp_path, "before", 1, monkeypatch)

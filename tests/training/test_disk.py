@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from training import disk
-from training.disk import is_disk_full, put_back, replace_folder, without_stopping
+from training.disk import is_disk_full, put_back, replace_file, replace_folder, without_stopping
 
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +155,33 @@ def test_what_a_crash_left_is_put_back_only_where_there_is_nothing(tmp_path: Pat
     old.mkdir()
     put_back(final)
     assert old.exists()
+
+
+def test_a_file_is_replaced_when_all_of_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, on_the_disk = tmp_path / "file", list[str]()
+    monkeypatch.setattr(disk, "synchronise_file", lambda path: on_the_disk.append(path.read_text()))
+    for content in ("first", "second"):
+        with replace_file(file) as unfinished:
+            unfinished.write_text(content)
+            assert not on_the_disk or file.read_text() == "first"
+        assert file.read_text() == content
+        assert list(tmp_path.iterdir()) == [file]
+    assert on_the_disk == ["first", "second"]
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_an_error_leaves_the_old_file_and_nothing_else(written: bool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+
+    def fail() -> None:
+        with replace_file(tmp_path / "file") as unfinished:
+            if written:
+                unfinished.write_text("half of the ne")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_full_disk_is_recognised(tmp_path: Path) -> None:

@@ -187,6 +187,31 @@ def test_every_kind_of_run_comes_to_its_end(
     assert all(math.isfinite(value) for entry in course(run) for value in entry)
 
 
+@pytest.mark.parametrize("way", ["of the run", "of accelerate"])
+def test_a_compiled_run_takes_the_same_course(
+    way: str,
+    write_shards: Write,
+    settings: Settings,
+    run_pretraining: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_shards(20)
+    expected = course(run_pretraining(settings(output_dir=str(tmp_path / "plain"))))
+    # As inductor takes much longer; accelerate has a variable for it.
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **_: compiled.append(a) or real(*a, backend="aot_eager"))
+    if way == "of accelerate":
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    options = {"torch_compile": "default"} if way == "of the run" else {}
+    run_pretraining(settings(output_dir=str(tmp_path / "run"), max_steps=10, **options))
+    assert len(compiled) == 1
+    monkeypatch.undo()
+    run = run_pretraining(settings(output_dir=str(tmp_path / "run")))  # goes on uncompiled
+    for step, expected_step in zip(course(run), expected, strict=True):
+        assert step == pytest.approx(expected_step, rel=1e-4)
+
+
 def test_plain_colours_are_soon_told_apart(
     settings: Settings, run_pretraining: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
