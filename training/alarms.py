@@ -68,3 +68,38 @@ class SpikeAlarm:
             f"{len(self.recent)} entries. If it does not come down again, go on from an earlier checkpoint with a "
             "lower base_lr or max_grad_norm=1."
         )
+
+
+class InputAlarm:
+    """Warns when training waits for images, once until it has no longer done so for a while.
+
+    Args:
+        num_workers: decoding processes of each process.
+        free_cores: cores of this machine that the run does not use.
+        share: of the time, from which on it is too much.
+        patience: logged entries in a row above it, or below it, that count.
+    """
+
+    def __init__(self, num_workers: int, free_cores: int, share: float = 0.2, patience: int = 5) -> None:
+        self.num_workers, self.free_cores, self.share = num_workers, free_cores, share
+        self.recent: deque[bool] = deque(maxlen=patience)
+        self.warned = False
+
+    def check(self, step: int, metrics: dict[str, float]) -> str | None:
+        """A warning with the remedies in their order, or None."""
+        self.recent.append(metrics["data_wait"] > self.share)
+        if self.warned:
+            self.warned = any(self.recent)
+            return None
+        if len(self.recent) < (self.recent.maxlen or 0) or not all(self.recent):
+            return None
+        self.warned = True
+        first = "All cores are in use: "
+        if self.free_cores > 0:
+            first = f"Raise num_workers={self.num_workers} (cores without a process: {self.free_cores}); or "
+        return (
+            f"Training waits for images {metrics['data_wait']:.0%} of the time (data_wait), and more than "
+            f"{self.share:.0%} in {len(self.recent)} entries in a row. {first}make smaller images once with `python "
+            "-m training.prepare`; or, in pre-training, take more from each decoded image with num_views=4 or "
+            "views_per_decode=2."
+        )

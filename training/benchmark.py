@@ -9,7 +9,8 @@
 - growth: time per image as the contrastive batch grows, and the share of the similarity matrix and the loss in it;
 - views: time of more views of the same number of patches each;
 - resume: time to the first batch where training resumes, at several places of data as large as ImageNet-1k;
-- prepared: images per second of decoding and cropping on one core, as stored and as `training.prepare` stores them.
+- prepared: images per second of decoding and cropping on one core, as stored and as `training.prepare` stores them;
+- input: images per second and core of reading, decoding and cropping, against a plain loop; the time of each stage.
 
 A step is forward, backward and optimiser; its images are random, so nothing is read or decoded. Times are medians of
 repetitions, those of steps interleaved (`training/timing.py`). What memory means, `training/step_cost.py` tells. A

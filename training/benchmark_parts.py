@@ -16,6 +16,7 @@ from training.batch_cost import (
     measure_views,
 )
 from training.cost_settings import Entry, VitSettings
+from training.input_cost import InputSettings, measure_input
 from training.loop_cost import LoopSettings, measure_loop
 from training.peer_cost import PeerSettings, measure_peers
 from training.phase_cost import PhaseSettings, measure_phases
@@ -24,7 +25,7 @@ from training.resume_cost import ResumeSettings, measure_resume
 from training.scale_cost import ScaleSettings, measure_scale
 
 
-Settings = BatchSettings | VitSettings | PhaseSettings | ResumeSettings | PreparedSettings
+Settings = BatchSettings | VitSettings | PhaseSettings | InputSettings | ResumeSettings | PreparedSettings
 Kind = TypeVar("Kind", bound=Settings)
 Columns = dict[str, tuple[str, str]]
 
@@ -93,6 +94,16 @@ PARTS: dict[str, Part[Any]] = {
         | {"waiting": ("data_wait", ".1%"), "overhead": ("overhead", ".1%")}
         | TIME
         | {"bare step": ("step_ms_per_image", ".2f")},
+    ),
+    "input": Part(
+        "The input pipeline",
+        "Reading, decoding and cropping alone, without a model, against a plain loop on one core that decodes, crops "
+        "and resizes images in memory. Ratios come first; rates are those of one core; the other rows are the stages.",
+        InputSettings,
+        measure_input,
+        {"speed / plain loop": ("speed_ratio", ".2f"), "what": ("name", "")}
+        | {"images/s per core": ("images_per_second", ".0f"), "ms per image": ("ms_per_image", ".3f")}
+        | {"interquartile range": ("ms_per_image_iqr", ".3f")},
     ),
     "scale": Part(
         "Visible patches, images, pixels, processes",

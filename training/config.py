@@ -174,12 +174,11 @@ class PretrainConfig(TrainingSettings):
     num_hidden_layers: int = setting(12, "depth of the encoder")
     num_attention_heads: int = setting(12, "attention heads of each layer")
     layer_norm_eps: float = setting(1e-6, "added to the variance in every LayerNorm; stock ViT has 1e-12")
-    init_from: str | None = setting(
-        None, "start from the encoder of this MiCL or stock ViT (portable folder or Hub id) instead of random weights"
-    )
+    init_from: str | None = setting(None, "start from this MiCL or stock ViT (folder or Hub id), not random weights")
 
     mask_ratio: float = setting(0.9, "share of the patches that no view sees, in [0, 1)")
     num_views: int = setting(2, "disjoint views of each image, at least 2")
+    views_per_decode: int = setting(1, "forward passes in a row that use each decoded batch, with new views each time")
     temperature: float = setting(0.07, "divides the similarities, > 0")
     kappa: float = setting(1 / 64, "concentration of the T-SP similarity, > -1/2")
     similarity: Literal["t-sp", "cosine"] = setting("t-sp", "similarity of two views")
@@ -194,9 +193,7 @@ class PretrainConfig(TrainingSettings):
     per_device_micro_batch_size: int | None = setting(
         None, "images of each process in one pass; fewer than its share means the cached loss; unset, its whole share"
     )
-    find_micro_batch: bool = setting(
-        False, "begin with a search for the largest per_device_micro_batch_size that fits"
-    )
+    find_micro_batch: bool = setting(False, "begin by finding the largest per_device_micro_batch_size that fits")
 
     adam_beta1: float = setting(0.9, "in [0, 1)")
     adam_beta2: float = setting(0.95, "in [0, 1)")
@@ -286,7 +283,8 @@ class PretrainConfig(TrainingSettings):
 
     def _validate_batch(self) -> None:
         """What can be said about the batch sizes before the number of processes is known."""
-        self._validate_at_least(1, "per_device_batch_size", "contrastive_batch_size", "per_device_micro_batch_size")
+        names = ("per_device_batch_size", "contrastive_batch_size", "per_device_micro_batch_size", "views_per_decode")
+        self._validate_at_least(1, *names)
         if self.contrastive_batch_size is None:
             for name in ("per_device_micro_batch_size", "find_micro_batch"):
                 if value := getattr(self, name):

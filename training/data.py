@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from training.images import Pixels, Transform, decode_rgb, to_pixels
 from training.skipped import SkippedImage, skipped_image
@@ -68,8 +68,14 @@ def concatenate(batches: list[Batch]) -> Batch:
     """One batch of several, in their order."""
     if len(batches) == 1:
         return batches[0]
-    pixels, labels, index = (torch.cat([getattr(b, n) for b in batches]) for n in ("pixels", "labels", "index"))
+    pixels, labels, index = (_joined([getattr(b, n) for b in batches]) for n in ("pixels", "labels", "index"))
     return Batch(pixels, labels, index, [entry for batch in batches for entry in batch.broken])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Pinned if the parts are: by itself `torch.cat` gives memory that a GPU must be waited for to copy from."""
+    shape, pinned = (sum(map(len, parts)), *parts[0].shape[1:]), parts[0].is_pinned()
+    return torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=pinned))
 
 
 class TrainingOrder:
@@ -309,8 +315,6 @@ def worker_number() -> tuple[int, int]:
 
 def _stack(images: list[tuple[Pixels, int, int]], broken: list[SkippedImage]) -> Batch:
     if not images:
-        return Batch(
-            torch.empty(0, 0, 0, 3, dtype=torch.uint8), torch.tensor([]).long(), torch.tensor([]).long(), broken
-        )
-    pixels, labels, index = zip(*images, strict=True)
-    return Batch(torch.from_numpy(np.stack(pixels)), torch.tensor(labels), torch.tensor(index), broken)
+        return Batch(torch.empty(0, 0, 0, 3).byte(), torch.empty(0).long(), torch.empty(0).long(), broken)
+    pixels, labels, index = default_collate(images)  # in a worker straight into the memory that it shares
+    return Batch(pixels, labels, index, broken)

@@ -49,7 +49,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.format == "EPS":
         raise ValueError("PostScript is a program, which is not run")
     image.load()
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit gray at 255 and turn it white.
         values = np.asarray(image).astype(np.int32)
@@ -58,7 +58,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 255 × 257
     elif image.mode == "F":
         raise ValueError("floating-point images have no defined range")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def random_resized_crop(size: tuple[int, int], min_scale: float, horizontal_flip: bool) -> Transform:

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.agreement import Told
-from training.alarms import Alarm, SpikeAlarm
+from training.alarms import Alarm, InputAlarm, SpikeAlarm
 from training.data import Batch
 from training.disk import replace_file, without_stopping
+from training.monitor import matmul_peak
+from training.processes import cores_without_process
 from training.run import Run
 from training.skipped import SkippedImage
 
@@ -29,6 +31,8 @@ SHOWN = {
     "loss": ".3f",
     "contrastive_accuracy": ".0%",
     "images_per_second": ".0f",
+    "data_wait": ".0%",
+    "mfu": ".0%",
     "knn_accuracy": ".1%",
     "probe_accuracy": ".1%",
     "top1_accuracy": ".1%",
@@ -119,10 +123,14 @@ class Logger:
         run: what is logged.
         title: of the progress bar.
         alarm: what may be wrong with the training.
+        gigaflop_per_image: of a step; None where utilisation (`mfu`) is not logged.
     """
 
-    def __init__(self, run: Run, title: str, alarm: Alarm = lambda *_: None) -> None:
-        self.run, self.alarms = run, (SpikeAlarm().check, alarm)
+    def __init__(
+        self, run: Run, title: str, alarm: Alarm = lambda *_: None, gigaflop_per_image: float | None = None
+    ) -> None:
+        self.run, self.alarms = run, (SpikeAlarm().check, _input_alarm(run).check, alarm)
+        self.most_images = _most_images_per_second(run, gigaflop_per_image) if gigaflop_per_image else None
         self.bad_in_row = 0
         self.main = run.accelerator.is_main_process
         self.file = MetricsLog(run.folder / "metrics.jsonl", run.progress.step) if self.main else None
@@ -154,7 +162,18 @@ class Logger:
         self.finite = torch.zeros((), device=self.run.accelerator.device)  # losses in the sum
         self.images = 0
         self.broken: list[Met] = []
+        self.waited = 0.0  # seconds for batches
         self.since = time.perf_counter()
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; adds up how long this process waits for them."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Take note of one forward pass, without waiting for the device."""
@@ -196,7 +215,7 @@ class Logger:
         """
         run, accelerator, progress = self.run, self.run.accelerator, self.run.progress
         local = {"loss": self.loss, "finite": self.finite} | measured
-        for name, number in (("images", self.images), ("broken", len(self.broken))):
+        for name, number in (("images", self.images), ("broken", len(self.broken)), ("waited", self.waited)):
             local[name] = torch.tensor(float(number), device=self.loss.device)
         means = accelerator.reduce(torch.stack(list(local.values())).double(), reduction="mean").tolist()
         metrics = dict(zip(local, means, strict=True))
@@ -207,10 +226,13 @@ class Logger:
         if broken := round(metrics.pop("broken") * accelerator.num_processes):  # the same on all processes
             progress.broken += broken
             self._name_broken()
-        finite = metrics.pop("finite")
+        finite, waited = metrics.pop("finite"), metrics.pop("waited")
         metrics["loss"] = metrics["loss"] / finite if finite else math.nan
         entry = {"step": progress.step, "epoch": progress.forwards / run.plan.forwards_per_epoch} | metrics
         entry |= {"learning_rate": run.optimizer.param_groups[0]["lr"], "images_per_second": images / seconds}
+        entry["data_wait"] = waited / seconds
+        if self.most_images is not None:
+            entry["mfu"] = images / seconds / self.most_images
         entry |= {"grad_norm": float(grad_norm) if grad_norm is not None else None, "broken_images": progress.broken}
         entry["skipped_steps"] = progress.skipped
         self._publish(entry)
@@ -276,3 +298,19 @@ class Logger:
     def _warn(self, warning: str) -> None:
         if self.main:
             self.bar.write(f"WARNING: {warning}", file=sys.stderr)
+
+
+def _input_alarm(run: Run) -> InputAlarm:
+    workers = run.config.num_workers
+    if run.accelerator.device.type == "cpu":  # the model uses all cores, and while it waits they are not idle
+        return InputAlarm(workers, free_cores=0, share=0.5)
+    return InputAlarm(workers, cores_without_process(workers))
+
+
+def _most_images_per_second(run: Run, gigaflop_per_image: float) -> float:
+    """Images whose arithmetic all processes could do if it were one large product of matrices; they measure that."""
+    accelerator = run.accelerator
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.config.mixed_precision, torch.float32)
+    accelerator.wait_for_everyone()  # they share a machine's cores while they measure, as in training
+    peak = torch.tensor(matmul_peak(accelerator.device, dtype), device=accelerator.device)
+    return float(accelerator.reduce(peak, reduction="sum")) / (1e9 * gigaflop_per_image)

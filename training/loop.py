@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import islice
 
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -26,10 +27,12 @@ class Task(ABC):
     Args:
         run: the run.
         eval_epochs: epochs between evaluations; 0 for none.
+        uses: forward passes in a row that each decoded batch is for. An epoch has as many passes as before, so that
+            it decodes this part of the images, and each of them counts in it so many times.
     """
 
-    def __init__(self, run: Run, eval_epochs: int) -> None:
-        self.run, self.eval_epochs = run, eval_epochs
+    def __init__(self, run: Run, eval_epochs: int, uses: int = 1) -> None:
+        self.run, self.eval_epochs, self.uses = run, eval_epochs, uses
 
     @abstractmethod
     def transform(self, size: tuple[int, int]) -> Transform:
@@ -62,8 +65,10 @@ def process_batches(run: Run, task: Task) -> Iterator[Batch]:
     config = run.config
     order = TrainingOrder(run.source, run.plan.forward_images, config.seed, config.shuffle_window)
     transform = task.transform(height_and_width(run.unwrapped().config.image_size))
-    places = TrainingBatches(order, transform, run.first_place, run.last_place, run.progress.forwards)
-    return batches(places, min(config.num_workers, run.plan.images_per_process))
+    number, used = divmod(run.progress.forwards, task.uses)
+    places = TrainingBatches(order, transform, run.first_place, run.last_place, number)
+    decoded = batches(places, min(config.num_workers, run.plan.images_per_process))
+    return islice((batch for batch in decoded for _ in range(task.uses)), used, None)
 
 
 def keep_before_failing(run: Run, log: Logger, agreement: Agreement, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -125,7 +130,7 @@ def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
     run.model.train()
     agreement = Agreement(accelerator)
     batches_left = process_batches(run, task) if progress.step < total_steps else iter(())
-    for batch in keep_before_failing(run, log, agreement, batches_left):
+    for batch in keep_before_failing(run, log, agreement, log.timed(batches_left)):
         step = progress.step + 1  # the one that this pass belongs to
         save_due = step % config.save_steps == 0 or step == total_steps
         log_due = step % config.logging_steps == 0 or save_due

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import time
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from modeling_micl import MiclConfig, MiclForPreTrainingOutput, visible_patches_per_view
+
+
+PEAK_SECONDS = 0.2  # of multiplying matrices, at least
 
 
 @torch.no_grad()
@@ -66,6 +70,27 @@ def gigaflop_per_image(config: MiclConfig) -> float:
         return tokens * 4 * width**2 + asking * per_asking_token
 
     return 3 * config.num_views * (last * layer(tokens) + layer(1)) / 1e9
+
+
+@torch.no_grad()
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second at which this process multiplies large matrices, at best, in `PEAK_SECONDS`.
+
+    What a step achieves is compared with this rather than with a data sheet, so that it means the same on every
+    machine; if something else runs on it for so long, it is too low.
+    """
+    side, at_once = (1024, 1) if device.type == "cpu" else (4096, 10)
+    generator = torch.Generator(device).manual_seed(0)  # not the one that training draws from
+    left, right = torch.randn(2, side, side, generator=generator, device=device).to(dtype)
+    peak, stop = 0.0, time.perf_counter() + PEAK_SECONDS
+    (left @ right)[0, 0].item()  # waits for the device
+    while not peak or time.perf_counter() < stop:
+        start = time.perf_counter()
+        for _ in range(at_once):
+            product = left @ right
+        product[0, 0].item()
+        peak = max(peak, at_once * 2 * side**3 / (time.perf_counter() - start))
+    return peak
 
 
 def provenance() -> dict[str, Any]:

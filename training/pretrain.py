@@ -60,7 +60,7 @@ class Contrast(Task):
     def __init__(
         self, run: Run, config: PretrainConfig, eval_source: ImageSource | None, uploads: Uploads | None = None
     ) -> None:
-        super().__init__(run, config.knn_epochs if eval_source else 0)
+        super().__init__(run, config.knn_epochs if eval_source else 0, config.views_per_decode)
         self.config, self.eval_source, self.uploads = config, eval_source, uploads
 
     def transform(self, size: tuple[int, int]) -> Transform:
@@ -167,7 +167,8 @@ def start_run(config: PretrainConfig, accelerator: Accelerator, source: ImageSou
     seen = visible_patches_per_view(model.config.num_patches, config.mask_ratio, config.num_views)
     about = {
         "model": f"{parameters / 1e6:.1f} M parameters, {gigaflop_per_image(model.config):.3g} GFLOP per image",
-        "views": f"{config.num_views} of {seen} patches each, out of {model.config.num_patches}",
+        "views": f"{config.num_views} of {seen} patches each, out of {model.config.num_patches}; drawn "
+        f"{config.views_per_decode} × from each decoded batch",
         "global_batch_size": f"{run.plan.contrasted_images} images contrasted together ({config.negatives} negatives)",
     }
     accelerator.print(summary(run, about))
@@ -211,7 +212,8 @@ def main(config: PretrainConfig) -> bool:
     run = start_run(config, accelerator, source)
     stop = StopRequest()
     alarm = CollapseAlarm(run.plan.contrasted_images)
-    with lost_processes(run), Logger(run, "pre-training", alarm.check) as log:
+    arithmetic = gigaflop_per_image(run.unwrapped().config)
+    with lost_processes(run), Logger(run, "pre-training", alarm.check, arithmetic) as log:
         log.write_facts({"negatives": config.negatives})
         completed = train(run, Contrast(run, config, eval_source, uploads), log, stop)
     if completed:

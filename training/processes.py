@@ -55,8 +55,17 @@ def start_accelerator(config: TrainingSettings) -> Accelerator:
 def use_all_cores(accelerator: Accelerator) -> None:
     """On the CPU share out the cores: launchers leave a process one thread, however many there are."""
     if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+        torch.set_num_threads(max(1, usable_cores() // accelerator.num_processes))
+
+
+def usable_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def cores_without_process(num_workers: int) -> int:
+    """Usable cores beyond one for each of the run's processes on this machine and each of their workers."""
+    return usable_cores() - int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * (1 + num_workers)
 
 
 @contextmanager

@@ -174,6 +174,8 @@ def open_source(
         raise ValueError(f"The split {split!r} of {dataset!r} is empty: check --dataset and --split.")
     fingerprint = _fingerprint(files, lengths, image_and_label.features)
     origin = getattr((builder.config.data_files or {}).get(split), "origin_metadata", None)
+    if row_groups and names:  # a thousand of them would be copied several times whenever a shard is opened
+        rows = rows.cast_column(label_column, datasets.Value("int64"))
     return ImageSource(
         rows=rows,
         lengths=lengths,

@@ -53,6 +53,7 @@ IMPOSSIBLE = {
     "num_hidden_layers": 0,
     "mask_ratio": 1.0,
     "num_views": 1,
+    "views_per_decode": 0,
     "temperature": 0.0,
     "kappa": -0.5,
     "resume": "no/such/folder",
@@ -165,7 +166,7 @@ def test_what_may_change_on_resuming_are_settings_that_exist(kind: type[Training
     names = {field.name for field in fields(kind)}
     assert names >= kind.CHANGEABLE
     must_stay = {"dataset", "seed", "base_lr", "min_lr", "epochs", "gradient_accumulation_steps"}
-    must_stay |= {"mask_ratio", "negatives", "model", "random_init", "layer_decay", "ema_decay"}
+    must_stay |= {"views_per_decode", "mask_ratio", "negatives", "model", "random_init", "layer_decay", "ema_decay"}
     assert not must_stay & kind.CHANGEABLE
     # Pre-training compares what the batch sizes come to.
     assert ("per_device_batch_size" in kind.CHANGEABLE) == (kind is PretrainConfig)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_micl import MiclConfig, MiclForPreTraining, MiclForPreTrainingOutput, micl_loss
 from modeling_micl.configuration_micl import height_and_width
+from training import monitor
 from training.log import MetricsLog, read_metrics
-from training.monitor import batch_metrics, effective_rank, gigaflop_per_image, provenance
+from training.monitor import batch_metrics, effective_rank, gigaflop_per_image, matmul_peak, provenance
 
 
 def with_singular_values(values: list[float], rows: int, width: int) -> torch.Tensor:
@@ -134,6 +136,16 @@ def test_the_arithmetic_of_a_step_is_what_is_computed(tiny_model: Callable[..., 
     counted = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
     layers = [f"MiclForPreTraining.vit.layers.{number}" for number in range(model.config.num_hidden_layers)]
     assert sum(counted[name] for name in layers) == pytest.approx(3e9 * gigaflop_per_image(model.config))
+
+
+def test_the_peak_is_the_best_of_several_and_draws_nothing_from_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0, *(10, 12), 1, *(20, 21), 2, *(30, 34), 3])  # products of 2, 1 and 4 seconds
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(monitor, "PEAK_SECONDS", 3)
+    before = torch.get_rng_state()
+    assert matmul_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3
+    assert torch.equal(before, torch.get_rng_state())
+    assert list(times) == []
 
 
 def test_numbers_come_with_hardware_and_versions() -> None:

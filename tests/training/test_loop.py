@@ -2,9 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from run_folder import course, same_weights
 
-from training import pretrain
+from training import log, loop, pretrain
 from training.alarms import CollapseAlarm
 from training.config import PretrainConfig
 from training.data import Batch, EvaluationImages, batches
@@ -20,6 +21,7 @@ from training.features import normalize_pixels
 from training.images import central_crop
 from training.judge import fit_probe
 from training.log import read_metrics
+from training.monitor import gigaflop_per_image
 from training.pretrain import Contrast
 from training.source import open_source
 
@@ -91,6 +93,69 @@ def test_dropout_would_be_on_in_every_step_and_off_in_every_evaluation(
     run_pretraining(settings(epochs=2, knn_images=10, knn_epochs=1))
     epoch = [("evaluation", False), ("evaluation", False), ("step", True), ("step", True)]  # both splits first
     assert modes == 2 * epoch
+
+
+def test_the_log_tells_how_the_time_is_spent(
+    write_shards: Write,
+    settings: Settings,
+    run_pretraining: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By a clock on which a batch takes three seconds to come and one to learn."""
+    now = 0.0
+
+    def slow(*given: Any) -> Iterator[Batch]:
+        nonlocal now
+        for batch in batches(*given):
+            now += 3
+            yield batch
+
+    def learn(*given: Any, **options: Any) -> Any:
+        nonlocal now
+        now += 1
+        return learned(*given, **options)
+
+    learned = loop.learn
+    monkeypatch.setattr(loop, "batches", slow)
+    monkeypatch.setattr(loop, "learn", learn)
+    monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(log, "matmul_peak", lambda device, dtype: 1e9 if dtype is torch.bfloat16 else 1)
+    write_shards(20)
+    config = settings(epochs=6, logging_steps=2, mixed_precision="bf16")
+    entries = [entry for entry in read_metrics(run_pretraining(config) / "metrics.jsonl") if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4, 6, 8, 10, 12]
+    assert {entry["images_per_second"] for entry in entries} == {2}
+    assert {entry["data_wait"] for entry in entries} == {0.75}
+    assert [entry["mfu"] for entry in entries] == pytest.approx([2 * gigaflop_per_image(config.model_config())] * 6)
+    said = capsys.readouterr().err
+    assert "data wait 75%, mfu 0%" in said
+    assert said.count("WARNING: Training waits for images 75% of the time (data_wait), and more than 50% in 5") == 1
+    assert "All cores are in use" in said  # as the model is on the CPU
+
+
+def test_a_decoded_batch_serves_several_passes_with_new_views(
+    write_shards: Write, settings: Settings, run_pretraining: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(20)
+    seen: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+    forward = Contrast.forward
+
+    def spy(self: Contrast, batch: Batch) -> Any:
+        output = forward(self, batch)
+        seen.append((batch.index.tolist(), batch.pixels, output.ids_visible))
+        return output
+
+    monkeypatch.setattr(Contrast, "forward", spy)
+    run_pretraining(settings(epochs=3, output_dir=str(tmp_path / "once")))
+    once, seen = seen, []
+    run = run_pretraining(settings(epochs=3, output_dir=str(tmp_path / "thrice"), views_per_decode=3))
+    assert [index for index, *_ in seen] == [once[n][0] for n in (0, 0, 0, 1, 1, 1)]
+    assert all(torch.equal(pixels, once[n // 3][1]) for n, (_, pixels, _) in enumerate(seen))
+    # The views of a pass do not depend on the images in it.
+    assert all(torch.equal(ids, other) for (*_, ids), (*_, other) in zip(seen, once, strict=True))
+    assert not torch.equal(seen[0][2], seen[1][2])
+    assert [entry["epoch"] for entry in read_metrics(run / "metrics.jsonl")[1:]] == [0.5, 1, 1.5, 2, 2.5, 3]
 
 
 def test_a_run_that_learns_nothing_says_so(

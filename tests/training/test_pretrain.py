@@ -69,7 +69,7 @@ def test_a_run_leaves_a_folder_to_resume_and_one_to_share(labelled_run: tuple[Pa
     assert [entry["epoch"] for entry in steps] == [n / 8 for n in range(1, 25)]
     assert [entry["step"] for entry in entries if "knn_accuracy" in entry] == [0, 16, 24]
     fields = {"step", "epoch", "loss", "learning_rate", "images_per_second", "grad_norm", "broken_images"}
-    fields |= {"skipped_steps", "contrastive_accuracy", "negative_cosine", "effective_rank"}
+    fields |= {"skipped_steps", "contrastive_accuracy", "negative_cosine", "effective_rank", "data_wait", "mfu"}
     for entry in steps:
         assert entry.keys() == fields
         assert all(math.isfinite(value) for value in entry.values())

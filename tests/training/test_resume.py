@@ -52,6 +52,7 @@ def run_in_two_parts(
         {"streaming": False},
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
         {"num_workers": 1},
+        {"views_per_decode": 4},  # stops in the middle of a batch's passes
         {"save_steps": 1, "async_checkpoints": True},
     ],
     ids=str,

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Image, Value, load_dataset_builder
 from source_rows import all_rows
 from torch.utils.data import DataLoader, IterableDataset
 
-from training.source import ImageSource, Row, open_source
+from training.source import ImageSource, Row, _fingerprint, open_source
 
 
 Write = Callable[..., Path]
@@ -29,6 +30,17 @@ def test_a_folder_in_the_hubs_layout_streams(write_shards: Write) -> None:
     assert numbers(source, rows) == list(range(13))
     assert [source.label_of(row) for row in rows] == [n % 4 for n in range(13)]
     assert source.image_of(rows[0])["bytes"].startswith(b"\x89PNG")
+
+
+def test_names_of_classes_are_not_carried_along_with_every_shard(write_shards: Write) -> None:
+    """The library copies them a few times for each, but what they were is a part of the fingerprint of old runs."""
+    folder = write_shards(5, 1, 7)
+    source = open_source(str(folder))
+    stored = load_dataset_builder(str(folder)).as_streaming_dataset(split="train")
+    features = stored.cast_column("image", Image(decode=False)).features
+    assert isinstance(features["label"], ClassLabel)
+    assert source.rows.features["label"] == Value("int64")
+    assert source.fingerprint == _fingerprint(source.files, [5, 1, 7], features)
 
 
 def test_the_same_folder_can_be_read_at_random(write_shards: Write) -> None:
