@@ -2,17 +2,14 @@
 
 import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import forks
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -32,7 +29,6 @@ from training.results import save_model
 
 Write = Callable[..., Path]
 Run = Callable[..., Path]
-ROOT = Path(__file__).parents[2]
 BROKEN = {3, 17}
 
 
@@ -338,47 +334,35 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], words: str, t
 # The command
 
 
-def command(folder: Path, out: str, processes: int = 1, **options: Any) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def embed_in_small_parts(folder: Path, out: str) -> Callable[[], object]:
     where = {"model": folder / "model", "dataset": folder / "data", "output_dir": folder / out, "num_workers": 1}
-    flags = [f"--{name}={value}" for name, value in (where | options).items()]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "training.embed", *flags]
+    return forks.command("training.embed", **where, images_per_part=8, per_device_batch_size=4)
 
 
-def environment(folder: Path) -> dict[str, str]:
-    own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    return os.environ | own | {"HF_HOME": str(folder / "home")}
-
-
-def finish(folder: Path, out: str, processes: int = 1, **options: Any) -> str:
-    where: dict[str, Any] = {"cwd": ROOT, "env": environment(folder), "capture_output": True, "text": True}
-    done = subprocess.run(command(folder, out, processes, **options), timeout=600, check=False, **where)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def finish(folder: Path, out: str, processes: int = 1) -> str:
+    done = forks.run(embed_in_small_parts(folder, out), folder / "home", processes)
+    assert done.status == 0, done.complaints[-3000:]
+    return done.printed
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_two_processes_write_what_one_does(folder: Path, write_shards: Write) -> None:
     write_shards(150, 163, broken=BROKEN)
-    few = {"images_per_part": 8, "per_device_batch_size": 4}
-    finish(folder, "whole", **few)
+    finish(folder, "whole")
     whole = contents(folder / "whole")
     assert len(whole) == 40
 
-    killed = subprocess.Popen(
-        command(folder, "killed", **few), cwd=ROOT, env=environment(folder), start_new_session=True
-    )
+    killed = forks.Fork(embed_in_small_parts(folder, "killed"), folder / "home")
     deadline = time.monotonic() + 600
     while len(list((folder / "killed").glob("part-*"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.002)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.kill()
     before = contents(folder / "killed")
     left = {name: content for name, content in before.items() if name.startswith("part-")}
     assert 3 <= len(left) < 40
     assert left.items() <= whole.items()
 
-    printed = finish(folder, "killed", processes=2, **few)
+    printed = finish(folder, "killed", processes=2)
     assert f"{len(left)} of 40 parts are there already" in printed
     assert printed.count("311 vectors of 32 numbers") == 1
     assert contents(folder / "killed").keys() == whole.keys()
