@@ -319,8 +319,7 @@ def test_the_command_prints_a_table_and_writes_itself_down(folder: Path) -> None
 def test_the_command_says_in_one_line_what_is_wrong(folder: Path) -> None:
     shutil.rmtree(folder / "model")
     (folder / "model").mkdir()
-    knn = forks.command("training.knn", model=folder / "model", dataset=folder / "data")
-    done = forks.run(knn, folder / "home")
+    done = forks.run(forks.command("training.knn", model=folder / "model", dataset=folder / "data"), folder / "home")
     assert done.status == 1
     assert "Traceback" not in done.complaints
     assert done.complaints.splitlines()[-1].startswith(
