@@ -1,15 +1,12 @@
 """The nearest-neighbour program from a model's folder to its eval.json."""
 
 import json
-import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import forks
 import pytest
 import torch
 from conftest import renormalize
@@ -297,31 +294,3 @@ def test_impossible_votes_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             KnnConfig(model=str(tmp_path), **settings).validate()
-
-
-# The command
-
-
-def test_the_command_prints_a_table_and_writes_itself_down(folder: Path) -> None:
-    model, data = folder / "model", folder / "data"
-    done = forks.run(forks.command("training.knn", model=model, dataset=data, few_shot=[0.1, 0.5]), folder / "home")
-    assert done.status == 0, done.complaints[-3000:]
-    flags = [f"--model={model}", f"--dataset={data}", "--few_shot", "0.1", "0.5"]
-    entries = json.loads((folder / "model" / "eval.json").read_text())["results"]
-    assert {entry["command"] for entry in entries} == {shlex.join(["python", "-m", "training.knn", *flags])}
-    assert "kNN accuracy of cls of the encoder on 30 images" in done.printed
-    for entry in entries:
-        votes = entry["protocol"].split(", ")[3]
-        assert f"  {100 * entry['label_share']:g} % of the labels, {votes}" in done.printed
-        assert f"{entry['value']:.1%}\n" in done.printed
-
-
-def test_the_command_says_in_one_line_what_is_wrong(folder: Path) -> None:
-    shutil.rmtree(folder / "model")
-    (folder / "model").mkdir()
-    done = forks.run(forks.command("training.knn", model=folder / "model", dataset=folder / "data"), folder / "home")
-    assert done.status == 1
-    assert "Traceback" not in done.complaints
-    assert done.complaints.splitlines()[-1].startswith(
-        f"training.knn: --model {str(folder / 'model')!r} is no model: it has no config"
-    )
