@@ -8,43 +8,20 @@ import base64
 import hashlib
 import json
 import re
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from hub_files import Commit, Repository, tree, upload_mode
+
 
 TOKEN = "hf_" + "a1B2" * 8
-LARGE = (".safetensors", ".png", ".parquet")
 REPOSITORY = r"/((?:datasets/)?[^/]+/[^/]+)"
 Answer = tuple[int, Any]
-
-
-@dataclass
-class Commit:
-    files: dict[str, bytes]
-    changed: list[str]
-    oid: str = field(default_factory=lambda: secrets.token_hex(20))
-
-
-@dataclass
-class Repository:
-    private: bool
-    gated: bool = False  # its files are for nobody, as before the request for access is granted
-    commits: list[Commit] = field(default_factory=lambda: [Commit({".gitattributes": b""}, [])])
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.branches["main"] = self.commits[0].oid
-
-    def at(self, revision: str) -> Commit | None:
-        oid = self.branches.get(revision) or self.tags.get(revision) or revision
-        return next((commit for commit in self.commits if commit.oid == oid), None)
 
 
 @dataclass
@@ -260,18 +237,18 @@ class _Handler(BaseHTTPRequestHandler):
             about = {"id": name.removeprefix("datasets/"), "private": repository.private, "gated": repository.gated}
             return 200, about | {"sha": commit.oid, "siblings": files}
         if action == "tree":
-            entries = _tree(commit, path, recursive="recursive=true" in urlsplit(self.path).query.lower())
+            entries = tree(commit, path, recursive="recursive=true" in urlsplit(self.path).query.lower())
             return (200, entries) if entries else (404, {"error": "no such folder", "code": "EntryNotFound"})
         if action == "paths-info":
             asked = parse_qs(body.decode())["paths"]
-            return 200, [entry for entry in _tree(commit, "", recursive=True) if entry["path"] in asked]
+            return 200, [entry for entry in tree(commit, "", recursive=True) if entry["path"] in asked]
         if action == "tag":
             tag = json.loads(body)["tag"]
             there = tag in repository.tags
             repository.tags.setdefault(tag, commit.oid)
             return (409, {"error": f"Tag {tag} already exists"}) if there else (200, {})
         if action == "preupload":
-            return 200, {"files": [_upload_mode(commit, each["path"]) for each in json.loads(body)["files"]]}
+            return 200, {"files": [upload_mode(commit, each["path"]) for each in json.loads(body)["files"]]}
         if action == "commit":
             return self._commit(name, repository, revision, commit, body)
         if action == "resolve" and path in commit.files:
@@ -293,32 +270,3 @@ class _Handler(BaseHTTPRequestHandler):
         repository.commits.append(commit)
         repository.branches[branch] = commit.oid
         return 200, {"commitUrl": f"{self.server.url}/{name}/commit/{commit.oid}", "commitOid": commit.oid}
-
-
-def _upload_mode(commit: Commit, path: str) -> dict[str, Any]:
-    """How a file is to be sent, and what the client compares with its own to see whether it changed."""
-    data, large = commit.files.get(path), path.endswith(LARGE)
-    info = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
-    if data is None:
-        return info
-    return info | {"oid": hashlib.sha256(data).hexdigest() if large else _blob(data)}
-
-
-def _blob(data: bytes) -> str:
-    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-
-
-def _tree(commit: Commit, folder: str, recursive: bool) -> list[dict[str, Any]]:
-    """The files in a folder and its sub-folders, as deep as asked for."""
-    entries = {}
-    for path, data in commit.files.items():
-        inner = path.removeprefix(f"{folder}/") if folder else path
-        if folder and inner == path:
-            continue
-        parts = inner.split("/")
-        for depth in range(1, len(parts) if recursive else min(2, len(parts))):
-            name = "/".join([*([folder] if folder else []), *parts[:depth]])
-            entries[name] = {"type": "directory", "path": name, "oid": _blob(name.encode())}
-        if recursive or len(parts) == 1:
-            entries[path] = {"type": "file", "path": path, "size": len(data), "oid": _blob(data)}
-    return list(entries.values())

@@ -1,4 +1,4 @@
-"""Imports point one way; see the package map."""
+"""Imports point one way, see the package map; and nothing grows too long."""
 
 import ast
 import sys
@@ -12,6 +12,10 @@ PACKAGE = sorted((ROOT / "modeling_micl").rglob("*.py"))
 TRAINING = sorted((ROOT / "training").rglob("*.py"))
 ORDER = ["hub_access", "masking", "configuration_micl", "losses", "modeling_micl", "remote_code", "parameter_names"]
 ORDER += ["convert_checkpoint", "export_vit", "__init__"]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MOST_LINES = {"file": 320, "function": 60}
+# The first is remote code, one flat set of files; the others are still to be shortened.
+LONGER = {"modeling_micl/modeling_micl.py": 540, "training/config.py": 325, "training/source.py: open_source": 80}
 
 
 def imports(path: Path) -> set[tuple[str, str]]:
@@ -66,3 +70,14 @@ def test_nothing_imports_an_entry_point(path: Path) -> None:
 
 def test_no_module_is_a_drawer_for_everything() -> None:
     assert {path.stem for path in [*PACKAGE, *TRAINING]} & {"utils", "util", "misc", "helpers", "common"} == set()
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *TRAINING, *TESTS], ids=names)
+def test_nothing_is_longer_than_a_reader_can_hold(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= LONGER.get(names(path), MOST_LINES["file"])
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            name = f"{names(path)}: {node.name}"
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= LONGER.get(name, MOST_LINES["function"]), name

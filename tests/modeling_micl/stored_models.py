@@ -1,6 +1,8 @@
 """Small stored models, one of each kind that is exported, and photographs to ask them about."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import skimage.data
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 from transformers import ViTImageProcessor
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining, MiclModel
+from modeling_micl.remote_code import REMOTE_FILES
 
 
 PHOTOS = [Path(skimage.data.__file__).parent / name for name in ("chelsea.png", "rocket.jpg", "coffee.png")]
@@ -36,3 +39,17 @@ def answer(folder: Path, pixels: Tensor) -> Tensor:
     model = (MiclForImageClassification if kind else MiclModel).from_pretrained(folder)
     output: Tensor = model(pixels).logits if kind else model(pixels).pooler_output
     return output
+
+
+def values(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def plant(folder: Path) -> Path:
+    """Have every file of code in a folder write a marker when it is run."""
+    marker = folder / "MARKER"
+    for name in REMOTE_FILES:
+        file = folder / name
+        file.write_text(f"{file.read_text()}\n\nopen({str(marker)!r}, 'w').close()\n")
+    return marker

@@ -2,12 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +27,6 @@ from training.results import save_model
 
 Write = Callable[..., Path]
 Run = Callable[..., Path]
-ROOT = Path(__file__).parents[2]
 BROKEN = {3, 17}
 
 
@@ -318,73 +312,3 @@ def test_a_damaged_part_is_named(run_embed: Run) -> None:
     datasets.Dataset.from_dict({"a": [1]}).to_parquet(out / "part-00002-of-00005.parquet")
     with pytest.raises(ValueError, match="part-00002-of-00005.parquet is not from training.embed"):
         run_embed()
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"output_dir": None}, "output_dir is not set.*--output_dir"),
-        ({"eval_split": "test"}, "eval_split='test' is not for this program.*--split"),
-        ({"images_per_part": 0}, "images_per_part must be at least 1, got 0"),
-        ({"per_device_batch_size": 0}, "per_device_batch_size must be at least 1, got 0"),
-    ],
-    ids=str,
-)
-def test_impossible_settings_are_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=words):
-        EmbedConfig(**({"model": str(tmp_path), "output_dir": "out"} | settings)).validate()
-
-
-# The command
-
-
-def command(folder: Path, out: str, processes: int = 1, **options: Any) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    where = {"model": folder / "model", "dataset": folder / "data", "output_dir": folder / out, "num_workers": 1}
-    flags = [f"--{name}={value}" for name, value in (where | options).items()]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "training.embed", *flags]
-
-
-def environment(folder: Path) -> dict[str, str]:
-    own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    return os.environ | own | {"HF_HOME": str(folder / "home")}
-
-
-def finish(folder: Path, out: str, processes: int = 1, **options: Any) -> str:
-    where: dict[str, Any] = {"cwd": ROOT, "env": environment(folder), "capture_output": True, "text": True}
-    done = subprocess.run(command(folder, out, processes, **options), timeout=600, check=False, **where)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_two_processes_write_what_one_does(folder: Path, write_shards: Write) -> None:
-    write_shards(150, 163, broken=BROKEN)
-    few = {"images_per_part": 8, "per_device_batch_size": 4}
-    finish(folder, "whole", **few)
-    whole = contents(folder / "whole")
-    assert len(whole) == 40
-
-    killed = subprocess.Popen(
-        command(folder, "killed", **few), cwd=ROOT, env=environment(folder), start_new_session=True
-    )
-    deadline = time.monotonic() + 600
-    while len(list((folder / "killed").glob("part-*"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    before = contents(folder / "killed")
-    left = {name: content for name, content in before.items() if name.startswith("part-")}
-    assert 3 <= len(left) < 40
-    assert left.items() <= whole.items()
-
-    printed = finish(folder, "killed", processes=2, **few)
-    assert f"{len(left)} of 40 parts are there already" in printed
-    assert printed.count("311 vectors of 32 numbers") == 1
-    assert contents(folder / "killed").keys() == whole.keys()
-    for name, content in whole.items():
-        written, expected = pq.read_table(folder / "killed" / name), pq.read_table(io.BytesIO(content))
-        assert written.drop("vector").equals(expected.drop("vector"), check_metadata=True)
-        # Two processes have fewer threads each, which round differently.
-        vectors = [torch.tensor(table["vector"].to_pylist()) for table in (written, expected)]
-        torch.testing.assert_close(*vectors)

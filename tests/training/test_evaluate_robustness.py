@@ -1,14 +1,12 @@
 """A classifier on other datasets, of which `ranked_images` tells the accuracies: see there."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import forks
 import numpy as np
 import pytest
 import torch
@@ -307,22 +305,16 @@ def test_impossible_settings_are_named(
     assert complaint in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_two_processes_find_what_one_finds(classifier: Callable[..., str], run: Any, tmp_path: Path) -> None:
     model = classifier()
     root = write_corruptions(tmp_path / "imagenet-c", model)
     labels = [SOME.index(label) for label in ranked(model, SOME, [0, 0, 1], images=9)]
-    declared = datasets.ClassLabel(names=[NAMES[label] for label in SOME])
-    file = write_parquet(tmp_path / "some.parquet", labels, declared)
-    one = run(model, root, file)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, "-m", "training.evaluate_robustness", "--model", model]
-    command += ["--output_dir", str(tmp_path / "out"), "--num_workers", "0", "--datasets", str(root), str(file)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home")}
-    repository = Path(evaluate_robustness.__file__).parents[1]
-    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    names = datasets.ClassLabel(names=[NAMES[label] for label in SOME])
+    one = run(model, root, file := write_parquet(tmp_path / "some.parquet", labels, names))
+    where = {"model": model, "output_dir": tmp_path / "out", "datasets": [root, file]}
+    done = forks.run(forks.command("training.evaluate_robustness", **where, num_workers=0), tmp_path, processes=2)
+    assert done.status == 0, done.complaints[-3000:]
+    about = ("dataset", "metric", "value", "num_test_images", "num_classes")
     two = json.loads((tmp_path / "out" / "eval.json").read_text())["results"]
-    names = ("dataset", "metric", "value", "num_test_images", "num_classes")
-    assert [facts(entry, *names) for entry in two] == [facts(entry, *names) for entry in one]
-    assert done.stdout.count("accuracy of") == 1
+    assert [facts(entry, *about) for entry in two] == [facts(entry, *about) for entry in one]
+    assert done.printed.count("accuracy of") == 1

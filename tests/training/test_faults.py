@@ -12,39 +12,56 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Done, command, run
 from safetensors.torch import load_file
 from torch import Tensor
 
 
 ROOT = Path(__file__).parents[2]
 STEPS = 300
+FAULTY = "tests.distributed.faulty_pretrain"
 
 pytestmark = pytest.mark.slow
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def train(tmp_path: Path, write_shards: Callable[..., Path]) -> Train:
-    """Start two processes by torchrun and wait for its end; each has its own negatives, so its own loss."""
+def settings(tmp_path: Path, write_shards: Callable[..., Path]) -> dict[str, Any]:
+    """Of runs in which each process has its own negatives, so its own loss."""
     write_shards(41)
+    return {
+        **{"dataset": tmp_path / "data", "image_size": 16, "patch_size": 4},
+        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mask_ratio": 0.5, "epochs": 200},
+        **{"contrastive_batch_size": 8, "max_steps": STEPS, "mixed_precision": "no", "logging_steps": STEPS},
+        **{"report_to": "none", "num_workers": 0, "knn_images": 0},
+    }
+
+
+@pytest.fixture
+def train(tmp_path: Path, settings: dict[str, Any]) -> Train:
+    """Start two processes by torchrun and wait for its end."""
 
     def train(
         folder: Path, fault: dict[str, Any], environment: dict[str, str] | None = None, **changes: Any
     ) -> subprocess.CompletedProcess[str]:
-        settings = {
-            **{"dataset": tmp_path / "data", "output_dir": folder, "image_size": 16, "patch_size": 4},
-            **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mask_ratio": 0.5, "epochs": 200},
-            **{"contrastive_batch_size": 8, "max_steps": STEPS, "mixed_precision": "no", "logging_steps": STEPS},
-            **{"report_to": "none", "num_workers": 0, "knn_images": 0},
-        }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command += ["-m", "tests.distributed.faulty_pretrain"]
-        command += [f"--{setting}={value}" for setting, value in (settings | changes).items()]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", FAULTY]
+        command += [f"--{name}={value}" for name, value in (settings | {"output_dir": folder} | changes).items()]
         variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home")}
         variables |= {"FAULT": json.dumps(fault)} | (environment or {})
         return subprocess.run(
             command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=600, check=False
         )
+
+    return train
+
+
+@pytest.fixture
+def train_alone(tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Let two processes without a launcher do the same."""
+
+    def train(folder: Path, fault: dict[str, Any], **changes: Any) -> Done:
+        monkeypatch.setenv("FAULT", json.dumps(fault))
+        return run(command(FAULTY, **settings | {"output_dir": folder} | changes), tmp_path / "home", processes=2)
 
     return train
 
@@ -71,10 +88,12 @@ def wait_for_end(run: Path) -> int:
     return int((run / "STOPPED").read_text().removeprefix("step "))
 
 
-def test_a_signal_to_one_process_or_the_launcher_stops_both_at_the_same_step(train: Train, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_or_the_launcher_stops_both_at_the_same_step(
+    train: Train, train_alone: Callable[..., Done], tmp_path: Path
+) -> None:
     """One run is stopped three times; in between and at the end it is the uninterrupted one. Nothing is logged."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert train(whole, {}, save_steps=STEPS // 2).returncode == 0
+    assert train_alone(whole, {}, save_steps=STEPS // 2).status == 0
 
     done = train(run, {"rank": 1, "forward": 7, "to": "itself", "signal": "SIGUSR1"})
     assert done.returncode == 1, done.stderr[-3000:]  # torchrun's
@@ -106,24 +125,26 @@ def test_a_signal_to_one_process_or_the_launcher_stops_both_at_the_same_step(tra
 
 
 @pytest.mark.parametrize("most", [2, 1])
-def test_numbers_gone_bad_in_one_process_are_skipped_by_both(most: int, train: Train, tmp_path: Path) -> None:
+def test_numbers_gone_bad_in_one_process_are_skipped_by_both(
+    most: int, train_alone: Callable[..., Done], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    done = train(
+    done = train_alone(
         run,
         {"rank": 1, "spoilt": [3, 5, 6]},
         **{"max_steps": 8, "save_steps": 1, "save_total_limit": 10, "max_bad_steps": most},
     )
     if most < 2:
-        assert done.returncode == 1
-        assert done.stderr.count("training.pretrain: Step 6: gradient not finite, 2 times in a row.") == 2
+        assert done.status == 1
+        assert done.complaints.count("training.pretrain: Step 6: gradient not finite, 2 times in a row.") == 2
         assert saved_steps(run) == [1, 2, 3, 4, 5]
         return
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.status == 0, done.complaints[-3000:]
     for step in range(2, 9):
         assert same_state(state(run, step - 1), state(run, step)) == (step in {3, 5, 6}), step
-    assert re.findall(r"WARNING: Step (\d+) is skipped", done.stderr) == ["3", "5"]
+    assert re.findall(r"WARNING: Step (\d+) is skipped", done.complaints) == ["3", "5"]
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [entry["skipped_steps"] for entry in entries if "loss" in entry] == [0, 0, 1, 1, 2, 3, 3, 3]
-    checksums = re.findall(r"weights (\w+)", done.stdout)
+    checksums = re.findall(r"weights (\w+)", done.printed)
     assert len(checksums) == 2
     assert len(set(checksums)) == 1

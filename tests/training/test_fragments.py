@@ -1,13 +1,11 @@
 """How often fragments find their images, against ranks worked out from the model called directly."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -23,7 +21,6 @@ from training.results import save_model
 
 
 Entry = dict[str, Any]
-ROOT = Path(__file__).parents[2]
 BROKEN = {3, 17}
 SOUND = [number for number in range(33) if number not in BROKEN]
 SHARES = [0.1, 0.5, 1.0]
@@ -163,15 +160,9 @@ def test_two_processes_find_what_one_does(folder: Path) -> None:
     found = []
     for processes in (1, 2):
         out = folder / f"{processes} processes"
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "training.fragments"]
-        command += [f"--collection={folder / 'vectors'}", f"--output_dir={out}", "--num_workers=1"]
-        own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "home")}
-        environment = os.environ | own
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("fragments find their image") == 1
+        settings = {"collection": folder / "vectors", "output_dir": out, "num_workers": 1}
+        done = forks.run(forks.command("training.fragments", **settings), folder / "home", processes)
+        assert done.status == 0, done.complaints[-3000:]
+        assert done.printed.count("fragments find their image") == 1
         found.append(values(json.loads((out / "eval.json").read_text())["results"]))
     assert found[0] == found[1]

@@ -1,10 +1,6 @@
 """The nearest-neighbour program from a model's folder to its eval.json."""
 
 import json
-import os
-import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +25,6 @@ from training.source import open_source
 Write = Callable[..., Path]
 Model = Callable[..., MiclPreTrainedModel]
 Entry = dict[str, Any]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -299,39 +294,3 @@ def test_impossible_votes_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             KnnConfig(model=str(tmp_path), **settings).validate()
-
-
-# The command
-
-
-def run_command(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    here = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    environment = os.environ | here | {"HF_HOME": str(folder / "home")}
-    command = [sys.executable, "-m", "training.knn", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-
-
-@pytest.mark.slow
-def test_the_command_prints_a_table_and_writes_itself_down(folder: Path) -> None:
-    flags = ["--model", str(folder / "model"), "--dataset", str(folder / "data"), "--few_shot", "0.1", "0.5"]
-    done = run_command(folder, *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    entries = json.loads((folder / "model" / "eval.json").read_text())["results"]
-    assert {entry["command"] for entry in entries} == {shlex.join(["python", "-m", "training.knn", *flags])}
-    assert "kNN accuracy of cls of the encoder on 30 images" in done.stdout
-    for entry in entries:
-        votes = entry["protocol"].split(", ")[3]
-        assert f"  {100 * entry['label_share']:g} % of the labels, {votes}" in done.stdout
-        assert f"{entry['value']:.1%}\n" in done.stdout
-
-
-@pytest.mark.slow
-def test_the_command_says_in_one_line_what_is_wrong(folder: Path) -> None:
-    shutil.rmtree(folder / "model")
-    (folder / "model").mkdir()
-    done = run_command(folder, "--model", str(folder / "model"), "--dataset", str(folder / "data"))
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(
-        f"training.knn: --model {str(folder / 'model')!r} is no model: it has no config"
-    )

@@ -2,13 +2,11 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -36,7 +34,6 @@ from training.results import save_model
 from training.source import open_source
 
 
-ROOT = Path(__file__).parents[2]
 TRAIN, TEST, CLASSES, PATCHES = 40, 60, 4, 16
 SHARES = [0.0, 0.5, 0.95]
 
@@ -283,13 +280,11 @@ def test_two_processes_find_what_one_does(
     model, out = save(MiclForImageClassification), tmp_path / "out"
     one = run(model, num_workers=1)
     assert capsys.readouterr().out.count("accuracy of") == 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "training.occlusion", f"--model={model}", f"--dataset={data}", f"--output_dir={out}"]
-    command += ["--num_workers=1", "--timing_batch_size=2", "--hidden_shares", *map(str, SHARES)]
-    own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("accuracy of") == 1
+    settings = {"model": model, "dataset": data, "output_dir": out, "num_workers": 1, "timing_batch_size": 2}
+    occlusion = forks.command("training.occlusion", **settings, hidden_shares=SHARES)
+    done = forks.run(occlusion, tmp_path / "home", processes=2)
+    assert done.status == 0, done.complaints[-3000:]
+    assert done.printed.count("accuracy of") == 1
     two = json.loads((out / "eval.json").read_text())["results"]
     for protocol in ("classifier", "kNN"):
         assert values(two, protocol) == values(one, protocol)

@@ -4,8 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Fork, command
 from run_folder import course, same_weights, saved_steps
 from safetensors.torch import load_file
 
@@ -28,7 +27,6 @@ from training.stop import STOPPED_STATUS
 Write = Callable[..., Path]
 Settings = Callable[..., PretrainConfig]
 Train = Callable[..., Path]
-ROOT = Path(__file__).parents[2]
 HANGS = 600  # seconds after which a process will not come to its end
 
 # Stopping and resuming
@@ -258,66 +256,50 @@ def test_an_interrupted_run_saves_and_continues(
 
 
 @pytest.fixture
-def start_command(tmp_path: Path) -> Iterator[Callable[[PretrainConfig], subprocess.Popen[str]]]:
+def start_command(tmp_path: Path) -> Iterator[Callable[[PretrainConfig], Fork]]:
     """Start the command with these settings; it and its workers do not outlive the test."""
     started = []
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HOME": str(tmp_path / "home"),
-    }
 
-    def start(config: PretrainConfig) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "training.pretrain"]
-        for name, value in config.to_dict().items():
-            values = value if isinstance(value, list) else [] if value is None else [value]
-            command += [f"--{name}", *map(str, values)] if values else []
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes))
+    def start(config: PretrainConfig) -> Fork:
+        settings = {name: value for name, value in config.to_dict().items() if value not in (None, [])}
+        started.append(Fork(command("training.pretrain", **settings), tmp_path / "home"))
         return started[-1]
 
     yield start
     for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        process.kill()
 
 
-@pytest.mark.slow
 def test_a_signal_to_all_processes_loses_nothing(
-    write_shards: Write,
-    settings: Settings,
-    start_command: Callable[[PretrainConfig], subprocess.Popen[str]],
-    tmp_path: Path,
+    write_shards: Write, settings: Settings, start_command: Callable[[PretrainConfig], Fork], tmp_path: Path
 ) -> None:
     """The signal reaches the whole process group, the decoding process included, as from a terminal."""
     write_shards(41)
     whole = tmp_path / "whole"
-    uninterrupted = start_command(settings(epochs=60, num_workers=0, output_dir=str(whole)))
-    _, complaints = uninterrupted.communicate(timeout=HANGS)
-    assert uninterrupted.returncode == 0, complaints
+    uninterrupted = start_command(settings(epochs=40, num_workers=0, output_dir=str(whole)))
+    done = uninterrupted.wait(HANGS)
+    assert done.status == 0, done.complaints
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        config = settings(epochs=60, num_workers=1, output_dir=str(tmp_path / number.name))
+        config = settings(epochs=40, num_workers=1, output_dir=str(tmp_path / number.name))
         run = Path(config.output_dir)
         first = start_command(config)
         deadline = time.monotonic() + HANGS
         while len(read_metrics(run / "metrics.jsonl")) < 20:
-            assert first.poll() is None, first.communicate()[1]
+            assert not first.ended(), first.wait().complaints
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.killpg(first.pid, number)
-        printed, complaints = first.communicate(timeout=HANGS)
-        assert first.returncode == STOPPED_STATUS == 75, complaints
-        assert "Traceback" not in complaints
+        done = first.wait(HANGS)
+        assert done.status == STOPPED_STATUS == 75, done.complaints
+        assert "Traceback" not in done.complaints
         (stopped,) = saved_steps(run)
-        assert 20 <= stopped < 300
-        assert f"Stopped at step {stopped}, all saved: the same command continues from there." in printed
+        assert 20 <= stopped < 200
+        assert f"Stopped at step {stopped}, all saved: the same command continues from there." in done.printed
 
-        second = start_command(config)
-        printed, complaints = second.communicate(timeout=HANGS)
-        assert second.returncode == 0, complaints
-        assert f"resuming from {run / 'checkpoints' / f'step-{stopped:06d}'}" in printed
-        assert [step for step, *_ in course(run)] == list(range(1, 301))
+        done = start_command(config).wait(HANGS)
+        assert done.status == 0, done.complaints
+        assert f"resuming from {run / 'checkpoints' / f'step-{stopped:06d}'}" in done.printed
+        assert [step for step, *_ in course(run)] == list(range(1, 201))
         assert course(whole) == course(run)
         assert same_weights(whole, run)

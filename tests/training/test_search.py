@@ -1,15 +1,13 @@
 """A search with pictures and fragments of them, against cosines of the model called directly."""
 
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -27,7 +25,6 @@ from training.search_figures import Found, save_neighbours
 
 
 Write = Callable[..., Path]
-ROOT = Path(__file__).parents[2]
 BROKEN = {3, 17}
 SOUND = [number for number in range(33) if number not in BROKEN]
 PATCHES = 16
@@ -252,22 +249,17 @@ def test_a_folder_that_is_no_whole_collection_is_refused(folder: Path, run_searc
         run_search(folder / "asked", collection=str(folder / "asked"))
 
 
-@pytest.mark.slow
 def test_the_command_prints_a_table_or_what_is_wrong(folder: Path) -> None:
-    own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "home")}
-    flags = [f"--collection={folder / 'vectors'}", "--query", str(folder / "asked" / "5.png"), "--k=2"]
-    flags += [f"--picture={folder / 'search.png'}"]
-    for more, status in (["--visible", "0.5"], 0), (["--dataset", str(folder / "model")], 1):
-        command = [sys.executable, "-m", "training.search", *flags, *more]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert done.returncode == status
+    settings = {"collection": folder / "vectors", "query": [folder / "asked" / "5.png"], "k": 2}
+    settings |= {"picture": folder / "search.png"}
+    for more, status in ({"visible": 0.5}, 0), ({"dataset": folder / "model"}, 1):
+        done = forks.run(forks.command("training.search", **settings, **more), folder / "home")
+        assert done.status == status
         if status == 0:
-            lines = done.stdout.splitlines()
+            lines = done.printed.splitlines()
             assert lines[0] == f"nearest by cosine to {folder / 'asked' / '5.png'} (seen: 8 of 16 patches)"
             assert len(lines) == 4
             assert (folder / "search.png").exists()
         else:
-            assert "Traceback" not in done.stderr
-            assert done.stderr.splitlines()[-1].startswith("training.search: ")
+            assert "Traceback" not in done.complaints
+            assert done.complaints.splitlines()[-1].startswith("training.search: ")
