@@ -12,22 +12,15 @@ from typing import Any
 import datasets
 import fsspec
 import numpy as np
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from httpx2 import HTTPError
-from huggingface_hub.errors import HFValidationError
 from numpy.typing import NDArray
 
-from modeling_micl.hub_access import reason, why_unreadable
 from training.config import DataSettings
-from training.photos import photo_crops
+from training.named_dataset import available_splits, check_none_left_out, find_builder
 from training.row_groups import read_row_groups
 from training.stream import read_rows
 
 
 Row = dict[str, Any]
-DEMONSTRATION = "photos"
-_SPLIT_WORDS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
-_HIDDEN = re.compile(r"(^|/)(\.|__)")  # files and folders that the library passes over
 
 
 @dataclass
@@ -125,8 +118,7 @@ def open_source(
         dataset: Hub id, local folder of Parquet files, WebDataset tars or images, one such file, or `"photos"`.
         split: its split.
         dataset_config: the configuration's name where a Hub dataset has several.
-        streaming: whether to read while training instead of preparing the whole dataset first; unset, everything
-            streams but folders of images, which are on disk already.
+        streaming: read while training, or prepare all of it first; unset, everything streams but folders of images.
         image_column: the only image column when unset.
         label_column: the only class label column when unset, if there is one.
         max_images: use only so many rows, from all over the split.
@@ -136,20 +128,8 @@ def open_source(
     Raises:
         ValueError: if the dataset, the split or a column does not exist, naming what there is.
     """
-    builder = _find_builder(str(photo_crops()) if dataset == DEMONSTRATION else dataset, dataset_config)
-    if builder.name == "imagefolder":
-        _check_none_left_out(Path(dataset).expanduser(), builder)
-    streaming = streaming if streaming is not None else builder.name != "imagefolder"
-    try:
-        if streaming:
-            rows = builder.as_streaming_dataset(split=split)
-        else:
-            builder.download_and_prepare()
-            rows = builder.as_dataset(split=split)
-    except (ValueError, KeyError) as error:
-        if "split" not in str(error).lower():
-            raise
-        raise ValueError(f"The dataset {dataset!r} has no split {split!r}: {error}") from None
+    builder, rows = _open_rows(dataset, split, dataset_config, streaming)
+    files = _files_of(builder, split)
     image_column = _image_column(rows.features, image_column)
     label_column = _label_column(rows.features, label_column)
     columns = sorted(rows.features)
@@ -158,23 +138,14 @@ def open_source(
     image_and_label = rows.select_columns([column for column in (image_column, label_column) if column])
     rows = rows if all_columns else image_and_label
     if max_images is not None and isinstance(rows, datasets.Dataset):
-        kept = min(max_images, len(rows))
-        rows = rows.select([number * len(rows) // kept for number in range(kept)])
-    files, row_groups = _files_of(builder, split), None
-    parquet = bool(files) and all(file.endswith(".parquet") for file in files)
-    if isinstance(rows, datasets.Dataset):
-        lengths = [len(rows)]
-    else:
-        parquet = parquet and len(files) == rows.num_shards
-        row_groups = read_row_groups(files) if parquet else None
-        lengths = [sum(groups) for groups in row_groups] if row_groups else _count_rows(rows)
+        rows = rows.select(_spread(len(rows), max_images))
+    parquet, row_groups, lengths = _shards(rows, files)
     if max_images is not None:
         lengths = first_rows(lengths, max_images)
     if sum(lengths) == 0:
         raise ValueError(f"The split {split!r} of {dataset!r} is empty: check --dataset and --split.")
     fingerprint = _fingerprint(files, lengths, image_and_label.features)
-    origin = getattr((builder.config.data_files or {}).get(split), "origin_metadata", None)
-    if row_groups and names:  # a thousand of them would be copied several times whenever a shard is opened
+    if row_groups and names and not all_columns:  # a thousand of them would be copied several times whenever a shard is opened
         rows = rows.cast_column(label_column, datasets.Value("int64"))
     return ImageSource(
         rows=rows,
@@ -185,11 +156,39 @@ def open_source(
         class_names=names,
         split=split,
         fingerprint=fingerprint,
-        version=_digest([fingerprint, origin]),
+        version=_version(fingerprint, builder, split),
         files=files if parquet else None,
         row_groups=row_groups,
         stream_timeout=stream_timeout if any("://" in file for file in files) else None,
     )
+
+
+def _open_rows(dataset: str, split: str, dataset_config: str | None, streaming: bool | None) -> tuple[Any, Any]:
+    """The library's builder of a dataset, and the rows of a split with decoded images."""
+    builder = find_builder(dataset, dataset_config)
+    if builder.name == "imagefolder":
+        check_none_left_out(Path(dataset).expanduser(), builder)
+    streaming = streaming if streaming is not None else builder.name != "imagefolder"
+    try:
+        if streaming:
+            return builder, builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare()
+        return builder, builder.as_dataset(split=split)
+    except (ValueError, KeyError) as error:
+        if "split" not in str(error).lower():
+            raise
+        raise ValueError(f"The dataset {dataset!r} has no split {split!r}: {error}") from None
+
+
+def _shards(rows: Any, files: list[str]) -> tuple[bool, list[list[int]] | None, list[int]]:
+    """Whether each shard is a Parquet file, the lengths of their row groups where they are streamed, and their own."""
+    parquet = bool(files) and all(file.endswith(".parquet") for file in files)
+    if isinstance(rows, datasets.Dataset):
+        return parquet, None, [len(rows)]
+    if not (parquet and len(files) == rows.num_shards):
+        return False, None, _count_rows(rows)
+    row_groups = read_row_groups(files)
+    return True, row_groups, [sum(groups) for groups in row_groups]
 
 
 def open_split(
@@ -207,57 +206,6 @@ def evaluation_split(settings: DataSettings) -> str | None:
         return settings.eval_split
     splits = available_splits(settings.dataset, settings.dataset_config)
     return next((name for name in ("validation", "test") if name in splits), None)
-
-
-def available_splits(dataset: str, dataset_config: str | None = None) -> list[str]:
-    """Names of a dataset's splits, as far as they are known without reading it."""
-    builder = _find_builder(str(photo_crops()) if dataset == DEMONSTRATION else dataset, dataset_config)
-    return [str(split) for split in builder.config.data_files or builder.info.splits or ()]
-
-
-def _find_builder(dataset: str, config: str | None) -> datasets.DatasetBuilder:
-    path = Path(dataset).expanduser()
-    try:
-        if path.is_file():
-            kind = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}.get(path.suffix)
-            if kind is None:
-                raise ValueError(f"--dataset {dataset}: a file must be .parquet, .tar or .arrow, or name its folder.")
-            return datasets.load_dataset_builder(kind, data_files=str(path))
-        return datasets.load_dataset_builder(str(path) if path.is_dir() else dataset, config)
-    except (OSError, HTTPError, HFValidationError) as error:
-        raise ValueError(f"--dataset {dataset!r} {why_unreadable(dataset, error, 'dataset')}") from error
-    except RuntimeError as error:  # the library's word for a loading script
-        raise ValueError(
-            f"--dataset {dataset!r} cannot be read without running its authors' code ({reason(error)}). If the Hub "
-            f"keeps a copy as Parquet files, get it with `hf download {dataset} --repo-type dataset --revision "
-            "refs/convert/parquet --local-dir FOLDER`, and give the folder."
-        ) from error
-
-
-def _check_none_left_out(folder: Path, builder: datasets.DatasetBuilder) -> None:
-    """Raise a ValueError if words in the names of files or classes were taken for those of splits.
-
-    The library looks for `train`, `test`, `val` and the like in the whole path, so that a class "train" beside "bus",
-    or one "test-7.png", would be all there is.
-    """
-    groups = [path for path in folder.iterdir() if path.is_dir() and _SPLIT_WORDS.intersection(_words(path.name))]
-    if any(path.is_dir() for group in groups for path in group.iterdir()):
-        return  # folders of splits that hold folders of classes
-    used = {Path(file) for files in (builder.config.data_files or {}).values() for file in files}
-    found = (path for path in folder.rglob("*.*") if not _HIDDEN.search(str(path.relative_to(folder))))
-    images = {path.resolve() for path in found if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file()}
-    left_out = sorted(images - {path.resolve() for path in used})
-    if left_out and used:
-        example = next(iter(used)).relative_to(folder)
-        raise ValueError(
-            f"{len(left_out)} of the {len(images)} images in --dataset {folder} would be left out, as "
-            f"{left_out[0].name}, because a word in names as {example} is taken for the name of a split: move "
-            f"everything into {folder / 'train'}, or rename."
-        )
-
-
-def _words(name: str) -> list[str]:
-    return re.split(r"[^a-z]+", name.lower())
 
 
 def _files_of(builder: datasets.DatasetBuilder, split: str) -> list[str]:
@@ -295,6 +243,12 @@ def _count_rows(rows: datasets.IterableDataset) -> list[int]:
     return [sum(1 for _ in shard) for shard in shards]
 
 
+def _spread(num_rows: int, max_images: int) -> list[int]:
+    """So many rows at most, from all over the split."""
+    kept = min(max_images, num_rows)
+    return [number * num_rows // kept for number in range(kept)]
+
+
 def first_rows(lengths: list[int], max_images: int) -> list[int]:
     """Rows to take from the head of each shard, in proportion to its length, to get so many in all."""
     kept, ends = min(max_images, sum(lengths)), [0, *accumulate(lengths)]
@@ -304,6 +258,10 @@ def first_rows(lengths: list[int], max_images: int) -> list[int]:
 
 def _fingerprint(files: Sequence[str], lengths: Sequence[int], features: datasets.Features) -> str:
     return _digest([[_identity(file) for file in files], list(lengths), str(features)])
+
+
+def _version(fingerprint: str, builder: datasets.DatasetBuilder, split: str) -> str:
+    return _digest([fingerprint, getattr((builder.config.data_files or {}).get(split), "origin_metadata", None)])
 
 
 def _identity(file: str) -> str:
