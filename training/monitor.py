@@ -57,9 +57,14 @@ def gigaflop_per_image(config: MiclConfig) -> float:
     A multiplication and an addition are two operations; embeddings, norms and the loss are left out.
     """
     patches_per_view = visible_patches_per_view(config.num_patches, config.mask_ratio, config.num_views)
-    tokens, width = 1 + patches_per_view, config.hidden_size
-    per_layer = tokens * (8 * width**2 + 4 * width * config.intermediate_size) + 4 * tokens**2 * width
-    return 3 * config.num_views * config.num_hidden_layers * per_layer / 1e9
+    width, layers = config.hidden_size, config.num_hidden_layers
+    return config.num_views * layers_gigaflop(1 + patches_per_view, width, config.intermediate_size, layers)
+
+
+def layers_gigaflop(tokens: int, width: int, mlp_width: int, layers: int) -> float:
+    """GFLOP of a ViT's layers for one sequence, forward and backward."""
+    per_layer = tokens * (8 * width**2 + 4 * width * mlp_width) + 4 * tokens**2 * width
+    return 3 * layers * per_layer / 1e9
 
 
 def provenance() -> dict[str, Any]:
