@@ -68,11 +68,11 @@ def _draw(
     """(32, 32, 3) uint8."""
     if kind == "blank":
         return np.full((PIXELS, PIXELS, 3), 128, dtype=np.uint8)
-    canvas = Image.new("L", (3 * PIXELS, 3 * PIXELS))
-    font, centre = fonts[rng.integers(len(fonts))], (1.5 * PIXELS, 1.5 * PIXELS)
+    canvas = Image.new("L", (4 * PIXELS, 4 * PIXELS))
+    font, centre = fonts[rng.integers(len(fonts))], (2 * PIXELS, 2 * PIXELS)
     ImageDraw.Draw(canvas).text(centre, str(label), fill=255, font=font, anchor="mm")
     side = 2.4 * PIXELS * rng.uniform(0.8, 1.2)
-    left, top = (1.5 * PIXELS - side / 2 + rng.uniform(-0.15, 0.15, 2) * PIXELS).tolist()
+    left, top = (2 * PIXELS - side / 2 + rng.uniform(-0.15, 0.15, 2) * PIXELS).tolist()
     turned = canvas.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
     ink = turned.resize((PIXELS, PIXELS), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     share = np.asarray(ink, dtype=np.float32)[..., None] / 255

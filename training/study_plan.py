@@ -9,6 +9,7 @@ from typing import Any
 
 from training.comparison import ComparisonConfig, gigaflop_per_trained_image
 from training.parser import parse_settings
+from training.run import make_plan
 from training.source import open_source
 from training.study_data import held_out_data
 from training.study_settings import BUDGETS, Changes, StudySettings
@@ -166,14 +167,20 @@ class Planner:
         config = self._parse(changes)
         cost = gigaflop_per_trained_image(config)
         steps = steps_of(budget, cost, images_per_step(config))
-        epochs = steps * config.gradient_accumulation_steps / (num_images // config.images_per_process(1))
+        forwards_per_epoch = make_plan(config, num_images, processes=1).forwards_per_epoch
+        epochs = steps * config.gradient_accumulation_steps / forwards_per_epoch
         changes |= {"epochs": epochs, "warmup_epochs": epochs * config.warmup_epochs / config.epochs}
         point = digest(self._parse(changes | {"seed": 0, "output_dir": ""}))
-        readable = "".join(letter if letter.isalnum() or letter in ".-=" else "_" for letter in label)
-        changes["output_dir"] = Path(study.output_dir) / f"{readable}-{point}" / f"seed-{seed}"
+        changes["output_dir"] = self._folder(point, label) / f"seed-{seed}"
         config = self._parse(changes)
         told = {name: value for name, value in changes.items() if (name, value) != ("method", "micl")}
         return PlannedRun(point, label, asked, self._flags(told), config, cost, steps)
+
+    def _folder(self, point: str, label: str) -> Path:
+        """Of a setting; one that was run under another label before is known by its point."""
+        folder = Path(self.settings.output_dir)
+        readable = "".join(letter if letter.isalnum() or letter in ".-=" else "_" for letter in label)
+        return next(folder.glob(f"*-{point}"), folder / f"{readable}-{point}")
 
     def _flags(self, changes: Changes) -> list[str]:
         flags = ["--config", self.settings.recipe]

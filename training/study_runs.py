@@ -1,5 +1,6 @@
 """Running a study's runs: several processes at a time, forked from one that has imported everything."""
 
+import ctypes
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -21,6 +22,7 @@ from training.study_plan import PlannedRun
 
 
 LOG = "log.txt"
+_SIGNAL_AT_PARENTS_DEATH = 1  # of Linux's prctl.h
 # What the runs import, and the server that they are forked from already has.
 IMPORTED = ["training.study_judge", "training.study_plan", "training.cached", "training.card", "training.loop"]
 IMPORTED += ["training.alarms", "training.micro_batch", "training.start", "training.uploads", "training.processes"]
@@ -48,6 +50,7 @@ def train_and_judge(run: PlannedRun, images: int, command: list[str], cores: set
     for stream in (1, 2):
         os.dup2(log, stream)
     if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGTERM)  # a killed study leaves no run behind
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
     if not is_trained(run):
@@ -76,7 +79,7 @@ class Outcome:
     def reason(self) -> str:
         """The last line of its log."""
         log = self.run.folder / LOG
-        lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         return next((line.strip() for line in reversed(lines) if line.strip()), f"status {self.status}")
 
 
@@ -114,6 +117,7 @@ def run_all(runs: list[PlannedRun], images: int, jobs: int) -> Iterator[Outcome]
     context.set_forkserver_preload(IMPORTED)
     shares = shared_cores(jobs)
     waiting, running = list(runs), dict[int, tuple[PlannedRun, ForkServerProcess, float]]()
+    stopping = False
     with stop_requests() as came:
         while waiting or running:
             for place in set(range(len(shares))) - running.keys():
@@ -124,11 +128,13 @@ def run_all(runs: list[PlannedRun], images: int, jobs: int) -> Iterator[Outcome]
                     )
                     process.start()
                     running[place] = run, process, time.perf_counter()
-            if came:
+            if came and not stopping:
+                stopping = True
                 waiting.clear()
                 for _, process, _ in running.values():
                     process.terminate()
-            multiprocessing.connection.wait([process.sentinel for _, process, _ in running.values()], timeout=5)
+            # Ctrl-C reaches the runs, too, and a second signal more than three seconds later would end them at once.
+            multiprocessing.connection.wait([process.sentinel for _, process, _ in running.values()], timeout=1)
             for place, (run, process, start) in list(running.items()):
                 if process.exitcode is not None:
                     del running[place]

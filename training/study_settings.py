@@ -84,6 +84,9 @@ class StudySettings:
             )
         for name in ("common", "factors", "grids", "trials"):
             self.mapping(name)
+        self.factor_points(), self.grid_points()
+        if self.mapping("trials") and (self.mapping("factors") or self.mapping("grids")):
+            raise ValueError("trials compare methods, factors and grids vary one: make two studies.")
         counts = {method: len(points) for method, points in self.trial_points().items()}
         if unknown := counts.keys() - set(METHODS):
             raise ValueError(f"trials has no method {sorted(unknown)[0]!r}: choose among {', '.join(METHODS)}.")
