@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from modeling_micl import MiclForImageClassification, MiclModel, micl_loss
+from modeling_micl import MiclConfig, MiclForImageClassification, MiclModel, micl_loss
+from modeling_micl.modeling_micl import sincos_position_embeddings
 from training.config import PretrainConfig, setting
 from training.data import Batch
 from training.features import normalize_pixels
@@ -68,6 +69,19 @@ class Mae(nn.Module):
             )
         )
         self.model.set_attn_implementation("eager")
+        self._initialise(wanted)
+
+    @torch.no_grad()
+    def _initialise(self, wanted: MiclConfig) -> None:
+        """As published; transformers 5.23 leaves a new model's positions, [CLS] and mask tokens at zero."""
+        self.model.vit.load_state_dict(MiclModel(wanted).state_dict())  # whose initialisation is MAE's
+        decoder = self.model.decoder
+        width = decoder.decoder_pos_embed.shape[-1]
+        decoder.decoder_pos_embed.copy_(sincos_position_embeddings(width, *wanted.grid_size))
+        nn.init.normal_(decoder.mask_token, std=0.02)
+        for layer in decoder.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss."""

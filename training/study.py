@@ -76,14 +76,16 @@ def record_of(
     images = settings.judge_images
     finished = [run for run in runs if is_finished(run, images)]
     sources = [read_evaluation(run.folder / "model")["training"] for run in finished]
+    dataset = settings.dataset_name()
+    shown = f"path/to/{Path(dataset).name}" if Path(dataset).exists() else dataset  # nothing of somebody's disk
     machines = {f"{one['hardware']['cpu']}, {one['hardware']['cpu_cores']} cores" for one in sources}
     machines |= {name for one in sources for name in one["hardware"]["accelerators"]}
     return {
         "name": settings.name,
         "question": settings.question,
-        "command": shlex.join(["python", "-m", "training.study", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "training.study", *sys.argv[1:]]).replace(dataset, shown),
         "recipe": settings.recipe,
-        "dataset": settings.dataset_name(),
+        "dataset": shown,
         "common": settings.mapping("common"),
         "budget": settings.budget(),
         "seeds": settings.seeds,
