@@ -12,7 +12,7 @@ from training.parser import parse_settings
 from training.run import make_plan
 from training.source import open_source
 from training.study_data import held_out_data
-from training.study_settings import BUDGETS, Changes, StudySettings
+from training.study_settings import BUDGETS, Changes, Combination, StudySettings
 
 
 CENTRE = "centre"
@@ -121,7 +121,7 @@ class Planner:
             SystemExit: with status 2, if there is no such setting or it has no such value.
         """
         study = self.settings
-        trials = {name: self._several(points) for name, points in study.trial_points().items()}
+        trials = {name: self._several(points, f"{name} ") for name, points in study.trial_points().items()}
         centre = "" if trials else self.add(CENTRE, {})
         factors = {
             name: {label: self.add(f"{name}={label}", changes) for label, changes in points.items()}
@@ -131,8 +131,8 @@ class Planner:
         values = {name: self._centre_value(name) for name in factors}
         return StudyPlan(list(self.runs.values()), centre, factors, grids, trials, values)
 
-    def _several(self, points: list[tuple[dict[str, str], Changes]]) -> list[dict[str, Any]]:
-        return [{"values": names, "point": self.add(in_words(names), changes)} for names, changes in points]
+    def _several(self, points: list[Combination], group: str = "") -> list[dict[str, Any]]:
+        return [{"values": words, "point": self.add(group + in_words(words), changes)} for words, changes in points]
 
     def _centre_value(self, factor: str) -> str:
         """What a factor is in the centre; that of a budget is in the study, that of words is the centre itself."""

@@ -26,7 +26,8 @@ split that was held out, never on test images: top-1 accuracy (%) of kNN (k = 20
 frozen features of the whole image, [CLS] or the mean of the patches. "±" is the standard error of a mean over seeds,
 from the spread between seeds pooled over all settings of the study; it does not cover the choice of the images.
 Differences are to the centre, the recipe with the study's common settings; those below twice their standard error are
-noise.
+noise. "Loss / guessing" is 1 where nothing is learned; "views found" is the share of views that find theirs in the
+last batch that was logged.
 
 `python -m training.study --render` writes this page.
 """
@@ -156,7 +157,7 @@ def factor_table(scores: Scores, name: str, points: dict[str, str]) -> str:
     return table(head, rows)
 
 
-COSTS = ["loss / guessing", "images", "GFLOP", "seconds"]
+COSTS = ["loss / guessing", "views found", "images", "GFLOP", "seconds"]
 
 
 def costs(scores: Scores, point: str) -> list[str]:
@@ -166,8 +167,10 @@ def costs(scores: Scores, point: str) -> list[str]:
         return [""] * len(COSTS)
     averages = {name: mean(run[name] for run in runs) for name in ("images", "gigaflop", "seconds")}
     guessing = [run["loss"] / run["guessing"] for run in runs if run["guessing"]]
+    found = [100 * run["contrastive_accuracy"] for run in runs if "contrastive_accuracy" in run]
     return [
         f"{mean(guessing):.2f}" if guessing else "",
+        f"{mean(found):.0f} %" if found else "",
         f"{averages['images']:,.0f}",
         f"{averages['gigaflop']:,.0f}",
         f"{averages['seconds']:.0f}",
@@ -202,14 +205,19 @@ def trials_table(record: Record) -> str:
             rows.append([method, str(len(cells)), "failed"])
             continue
         point, features = choosing.best(words)
-        best = ", ".join(f"{name} {value}" for name, value in words[point].items() if name != "method")
+        best = ", ".join(f"{name} {value}" for name, value in words[point].items() if name in varied(cells))
         row = [method, str(len(cells)), best, features, choosing.mean(point, (features, "knn"))]
         row += [
             confirming.mean(point, (features, protocol)) if confirming.runs else "" for protocol in ("knn", "probe")
         ]
-        rows.append(row + costs(choosing, point)[1:])
-    head = ["method", "trials", "chosen", "features", "kNN, held out", "kNN, test", "probe, test", *COSTS[1:]]
+        rows.append(row + costs(choosing, point)[2:])
+    head = ["method", "trials", "chosen", "features", "kNN, held out", "kNN, test", "probe, test", *COSTS[2:]]
     return table(head, rows)
+
+
+def varied(cells: list[Record]) -> set[str]:
+    """The settings that have several values."""
+    return {name for name in cells[0]["values"] if len({cell["values"][name] for cell in cells}) > 1}
 
 
 def references_table(record: Record) -> str:

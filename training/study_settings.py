@@ -30,7 +30,7 @@ class StudySettings:
         "{}", "settings to vary one at a time: a mapping of names to lists, or of words to settings"
     )
     grids: str = setting("{}", "settings to vary together: a mapping of names to such mappings")
-    trials: str = setting("{}", "methods to compare: a mapping of each to the settings of its trials, equally many")
+    trials: str = setting("{}", "methods to compare: a mapping of each to such mappings, with equally many trials")
     gigaflop: float | None = setting(None, "equal compute: end every run after so many GFLOP of the model")
     images: float | None = setting(None, "or equal images: end every run after so many, counted each time")
     steps: float | None = setting(None, "or equal optimiser steps")
@@ -87,9 +87,11 @@ class StudySettings:
         self.factor_points(), self.grid_points()
         if self.mapping("trials") and (self.mapping("factors") or self.mapping("grids")):
             raise ValueError("trials compare methods, factors and grids vary one: make two studies.")
-        counts = {method: len(points) for method, points in self.trial_points().items()}
-        if unknown := counts.keys() - set(METHODS):
-            raise ValueError(f"trials has no method {sorted(unknown)[0]!r}: choose among {', '.join(METHODS)}.")
+        trials = self.trial_points()
+        methods = {str(changes["method"]) for points in trials.values() for _, changes in points}
+        if unknown := methods - set(METHODS):
+            raise ValueError(f"trials has no method {min(unknown)!r}: choose among {', '.join(METHODS)}.")
+        counts = {name: len(points) for name, points in trials.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"trials must be equally many for every method, got {counts}.")
 
@@ -102,13 +104,11 @@ class StudySettings:
         return {name: combinations(values) for name, values in self.mapping("grids").items()}
 
     def trial_points(self) -> dict[str, list[Combination]]:
-        """For each method: all combinations of its values."""
-        found = {}
-        for method, factors in self.mapping("trials").items():
-            found[method] = [
-                ({"method": method} | names, {"method": method} | changes) for names, changes in combinations(factors)
-            ]
-        return found
+        """For each group of trials: all combinations of its values; `method` is one, or the name of the group."""
+        return {
+            name: [(words, {"method": name} | changes) for words, changes in combinations(factors)]
+            for name, factors in self.mapping("trials").items()
+        }
 
 
 def choices(name: str, values: Any) -> dict[str, Changes]:

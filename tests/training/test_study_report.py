@@ -24,6 +24,7 @@ KNN = ("cls", "knn")
 def row(point: str, seed: int, knn: float, mean: float = 0.2, **changes: Any) -> dict[str, Any]:
     scores = {"cls": {"knn": knn, "probe": knn}, "mean": {"knn": mean, "probe": mean}}
     told = {"point": point, "seed": seed, "final": False, "images": 1000, "gigaflop": 50.0, "seconds": 3.0}
+    told |= {"contrastive_accuracy": 0.25}
     return told | {"loss": 2.0, "guessing": 4.0, "scores": scores} | changes
 
 
@@ -85,7 +86,7 @@ def test_the_table_of_a_factor_marks_the_centre_and_shows_it_where_it_is_no_valu
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert [cells[0] for cells in rows[2:]] == ["**0.1**", "0.2", "0.3", "0.4"]
     assert rows[3][1:3] == ["63.0 ± 2.2", "+12.0 ± 3.2"]
-    assert rows[3][-4:] == ["0.50", "1,000", "50", "3"]
+    assert rows[3][-5:] == ["0.50", "25 %", "1,000", "50", "3"]
     assert "**Failed:** temperature=0.4, seed 0: no memory" in text
     assert "5 runs of 50 GFLOP each" in text
 
@@ -104,7 +105,8 @@ def test_a_grid_of_two_is_a_map() -> None:
 def test_trials_show_the_chosen_setting_held_out_and_on_test() -> None:
     trials = {
         "mae": [
-            {"values": {"method": "mae", "base_lr": rate}, "point": point} for rate, point in (("1", "x"), ("2", "y"))
+            {"values": {"method": "mae", "base_lr": rate, "seen": "all"}, "point": point}
+            for rate, point in (("1", "x"), ("2", "y"))
         ],
         "micl": [{"values": {"method": "micl", "base_lr": "1"}, "point": "gone"}],
     }

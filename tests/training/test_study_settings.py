@@ -33,7 +33,9 @@ def test_a_grid_has_every_combination() -> None:
 
 
 def test_trials_know_their_method() -> None:
-    points = study(trials={"mae": {"base_lr": [1, 2]}, "micl": {"temperature": [3, 4]}}).trial_points()
+    trials = {"mae": {"base_lr": [1, 2]}, "whole images": {"method": ["simclr"], "crop_min_scale": [1, 0.5]}}
+    points = study(trials=trials).trial_points()
+    assert [changes["method"] for _, changes in points["whole images"]] == ["simclr", "simclr"]
     assert [changes for _, changes in points["mae"]] == [
         {"method": "mae", "base_lr": 1},
         {"method": "mae", "base_lr": 2},
