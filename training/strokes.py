@@ -3,14 +3,16 @@
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import datasets
 import matplotlib
 import numpy as np
 import skimage.data
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from training.images import to_pixels
+from training.images import Pixels, to_pixels
 from training.photos import PHOTOS
 
 
@@ -63,9 +65,9 @@ def _font(name: str) -> ImageFont.FreeTypeFont:
 
 
 def _draw(
-    kind: str, label: int, fonts: list[ImageFont.FreeTypeFont], photos: list[np.ndarray], rng: np.random.Generator
-) -> np.ndarray:
-    """(32, 32, 3) uint8."""
+    kind: str, label: int, fonts: list[ImageFont.FreeTypeFont], photos: list[Pixels], rng: np.random.Generator
+) -> Pixels:
+    """A digit, (32, 32, 3)."""
     if kind == "blank":
         return np.full((PIXELS, PIXELS, 3), 128, dtype=np.uint8)
     canvas = Image.new("L", (4 * PIXELS, 4 * PIXELS))
@@ -76,10 +78,11 @@ def _draw(
     turned = canvas.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
     ink = turned.resize((PIXELS, PIXELS), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     share = np.asarray(ink, dtype=np.float32)[..., None] / 255
-    return np.rint((1 - share) * _ground(kind, photos, rng) + share * 255).astype(np.uint8)
+    drawn: Pixels = np.rint((1 - share) * _ground(kind, photos, rng) + share * 255).astype(np.uint8)
+    return drawn
 
 
-def _ground(kind: str, photos: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+def _ground(kind: str, photos: list[Pixels], rng: np.random.Generator) -> NDArray[Any]:
     """What is behind a digit, dark enough for it to be seen."""
     if kind == "strokes":
         return np.zeros(3, dtype=np.float32)
@@ -87,4 +90,5 @@ def _ground(kind: str, photos: list[np.ndarray], rng: np.random.Generator) -> np
         return rng.uniform(0, 160, 3)
     photo = photos[rng.integers(len(photos))]
     top, left = (int(rng.integers(length - 2 * PIXELS + 1)) for length in photo.shape[:2])
-    return 0.6 * photo[top : top + 2 * PIXELS : 2, left : left + 2 * PIXELS : 2]
+    piece: NDArray[Any] = 0.6 * photo[top : top + 2 * PIXELS : 2, left : left + 2 * PIXELS : 2]
+    return piece

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from training.study_report import COLUMNS, Record, Scores
+from training.study_report import COLUMNS, NAMES, Record, Scores
 from training.study_settings import BUDGETS
 
 
@@ -32,7 +32,7 @@ def save_study(path: Path, record: Record) -> None:
         panels.append(("method", record["trials"]))
     columns = min(len(panels), MOST_COLUMNS)
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.6 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * max(columns, 2), 3.6 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (name, content) in zip(axes.flat, panels, strict=False):
@@ -141,11 +141,11 @@ def draw_methods(axis: Axes, record: Record) -> None:
     axis.plot([], [], "D", color="tab:red", label="chosen, test")
     for found in list(record["references"].values())[:1]:
         for style, (name, values) in zip((":", "--", "-.", "-", (0, (1, 5))), found.items(), strict=False):
-            axis.axhline(100 * values["knn"], color="gray", linestyle=style, linewidth=1, label=name)
+            axis.axhline(100 * values["knn"], color="gray", linestyle=style, linewidth=1, label=NAMES.get(name, name))
     axis.set_xticks(range(len(record["trials"])), list(record["trials"]), fontsize=8)
     axis.set_ylabel("kNN (%)", fontsize=8)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def is_number(label: str) -> bool:

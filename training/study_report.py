@@ -18,6 +18,8 @@ COLUMNS = {
     ("mean", "knn"): "kNN, mean",
     ("mean", "probe"): "probe, mean",
 }
+# Features of references
+NAMES = {"cls": "random weights, [CLS]", "mean": "random weights, mean of the patches"}
 HEAD = """# What matters in MiCL, at small scale
 
 Each section is one study: a file of this folder (`NAME.yaml`), run by `python -m training.study --config` and that
@@ -224,9 +226,8 @@ def references_table(record: Record) -> str:
     """Features that learn nothing from these images."""
     rows = []
     for split, found in record["references"].items():
-        names = {"cls": "random weights, [CLS]", "mean": "random weights, mean of the patches"}
         rows += [
-            [names.get(name, name), split, f"{100 * values['knn']:.1f}", f"{100 * values['probe']:.1f}"]
+            [NAMES.get(name, name), split, f"{100 * values['knn']:.1f}", f"{100 * values['probe']:.1f}"]
             for name, values in found.items()
         ]
     return table(["without training", "split", "kNN", "probe"], rows)
