@@ -100,3 +100,7 @@ def test_drawn_digits_differ_in_what_is_behind_them(
             (pixels.reshape(20, -1, 3) == corners[:, None]).all(axis=-1).mean(axis=1)
         )  # share in the corner's colour
         assert (flat > 0.5).all() == (kind == "strokes-on-colours")
+
+
+def test_the_test_digits_have_fonts_of_their_own() -> None:
+    assert set(strokes.FONTS["train"]) & set(strokes.FONTS["test"]) == set()
