@@ -17,7 +17,7 @@ from training.stop import STOPPED_STATUS
 from training.study_figures import save_study
 from training.study_judge import judge_references, stored_scores
 from training.study_plan import PlannedRun, Planner, StudyPlan
-from training.study_report import RESULTS, Record, Scores, read_records, render, write_record
+from training.study_report import RESULTS, Record, Scores, read_records, render, varies, write_record
 from training.study_runs import Interrupted, is_finished, run_all
 from training.study_settings import StudySettings
 
@@ -121,7 +121,7 @@ def write_results(folder: Path) -> None:
     """RESULTS.md, and the figure of every study, from the records."""
     records = read_records(folder)
     (folder / RESULTS).write_text(render(records), encoding="utf-8")
-    for record in records:
+    for record in filter(varies, records):
         save_study(folder / f"{record['name']}.png", record)
     say(f"results: {folder / RESULTS}")
 

@@ -125,7 +125,8 @@ def section(record: Record) -> str:
         f"{'; '.join(record['hardware'])}; commit {', '.join(record['commits'])}.",
     ]
     failed = [f"**Failed:** {one}" for one in record["failed"]]
-    parts = [f"## {record['name']}", record["question"], f"![{record['name']}]({record['name']}.png)", *facts, *failed]
+    figure = f"![{record['name']}]({record['name']}.png)" if varies(record) else ""
+    parts = [f"## {record['name']}", record["question"], figure, *facts, *failed]
     scores = Scores(record)
     parts += [factor_table(scores, name, points) for name, points in record["factors"].items()]
     parts += [grid_table(scores, name, cells) for name, cells in record["grids"].items()]
@@ -136,6 +137,11 @@ def section(record: Record) -> str:
     elif record["final"]:
         parts.append(final_line(record))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def varies(record: Record) -> bool:
+    """Whether there is anything to draw."""
+    return bool(record["factors"] or record["grids"] or record["trials"])
 
 
 def changed(common: Record) -> str:

@@ -45,7 +45,7 @@ def test_a_study_survives_interruptions_and_failures_and_grows(
     write_shards(75)
     write_shards(40, split="test")
     common = {"logging_steps": 1, "save_steps": 5}
-    settings = small_study(tmp_path, steps=3000, common=common, jobs=1, judge_images=30)
+    settings = small_study(tmp_path, steps=3000, common=common, jobs=1)
     (long,) = Planner(settings).plan().runs
     started = subprocess.Popen([sys.executable, "-m", "training.study", *as_flags(settings)])
     until(lambda: len(read_metrics(long.folder / "metrics.jsonl")) > 20)
