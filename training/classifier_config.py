@@ -44,7 +44,7 @@ class ProbeConfig(ClassifierSettings):
     features_cache: str | None = setting(None, "fast: folder for extracted features; unset, beside the datasets")
 
     per_device_batch_size: int = setting(512, "images of each process in one forward pass")
-    epochs: int = setting(90, "passes over the data that the learning-rate schedule spans")
+    epochs: float = setting(90, "passes over the data that the learning-rate schedule spans")
     base_lr: float = setting(0.1, "learning rate for 256 images per optimiser step")
     weight_decay: float = setting(0.0, "of the head's weight")
     max_bad_steps: int = setting(0, "only 0: a step whose gradient is not finite stops the probe")
@@ -80,7 +80,7 @@ class FinetuneConfig(ClassifierSettings):
     drop_path_rate: float = setting(0.1, "stochastic depth of the last layer, in [0, 1)")
 
     per_device_batch_size: int = setting(128, "images of each process in one forward pass")
-    epochs: int = setting(100, "passes over the data that the learning-rate schedule spans")
+    epochs: float = setting(100, "passes over the data that the learning-rate schedule spans")
     warmup_epochs: float = setting(5, "epochs of linear warm-up from 0")
     base_lr: float = setting(5e-4, "learning rate of the head for 256 images per optimiser step")
     min_lr: float = setting(1e-6, "learning rate of the head at the end of the schedule")

@@ -74,11 +74,9 @@ class TrainingSettings(DataSettings):
     max_bad_fraction: float = setting(0.1, "stop when more than this share of the images is broken, in [0, 1]")
 
     gradient_checkpointing: bool = setting(False, "save memory: recompute each layer in the backward pass")
-    torch_compile: Literal["no", "default", "reduce-overhead"] = setting(
-        "no", "compile the model in this mode of torch.compile; 'reduce-overhead' is for small models on a GPU"
-    )
+    torch_compile: Literal["no", "default", "reduce-overhead"] = setting("no", "mode to compile the model in, if any")
     gradient_accumulation_steps: int = setting(1, "batches per optimiser step; adds no negatives")
-    epochs: int = setting(200, "passes over the data that the learning-rate schedule spans")
+    epochs: float = setting(200, "passes over the data that the learning-rate schedule spans")
     warmup_epochs: float = setting(10, "epochs of linear warm-up from 0")
     max_steps: int | None = setting(None, "end after so many optimiser steps; the schedule still spans all epochs")
     base_lr: float = setting(5e-5, "learning rate for 256 images per optimiser step")
@@ -141,14 +139,16 @@ class TrainingSettings(DataSettings):
     def validate(self) -> None:
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
         super().validate()
-        self._validate_at_least(1, "gradient_accumulation_steps", "epochs", "logging_steps")
+        self._validate_at_least(1, "gradient_accumulation_steps", "logging_steps")
         self._validate_at_least(1, "save_steps", "max_steps", "save_total_limit", "shuffle_window", "process_timeout")
         self._validate_at_least(0, "keep_every_steps", "max_bad_steps")
         self._validate_at_least(0, "warmup_epochs", "base_lr", "min_lr", "seed", "weight_decay", "max_grad_norm")
         self._validate_share("crop_min_scale", zero=False)
         self._validate_share("max_bad_fraction")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs must be more than 0, got {self.epochs}.")
         if not self.warmup_epochs < self.epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}.")
+            raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must be less than epochs={self.epochs:g}.")
         if self.keep_every_steps % self.save_steps:
             raise ValueError(
                 f"keep_every_steps={self.keep_every_steps} must be a multiple of save_steps={self.save_steps}, as "

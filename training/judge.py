@@ -11,6 +11,7 @@ from training.optim import learning_rate
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 WEIGHT_DECAYS = (0.0, 0.1, 1.0)
+FAST = "linear probe on frozen features; learning rate and weight decay chosen on a tenth of train"
 PROBE_EPOCHS = 30
 HELD_OUT = 0.1
 

@@ -19,7 +19,7 @@ from training.augment import Augmentation
 from training.classifier_config import ProbeConfig
 from training.evaluation import FrozenSettings, FrozenSplits, accuracies, frozen_splits, is_classifier, read_config
 from training.features import stored_normalization
-from training.judge import LinearProbe, fit_probe
+from training.judge import FAST, LinearProbe, fit_probe
 from training.log import Logger
 from training.loop import train
 from training.optim import lars_optimizer
@@ -31,7 +31,6 @@ from training.stop import STOPPED_STATUS, StopRequest
 from training.supervised import Classify, build_classifier, open_classes, save_classifier
 
 
-FAST = "linear probe on frozen features; learning rate and weight decay chosen on a tenth of train"
 PUBLISHED = (
     "linear probe as published: BatchNorm without affine parameters, linear layer, LARS, random crops and flips"
 )

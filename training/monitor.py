@@ -62,14 +62,20 @@ def gigaflop_per_image(config: MiclConfig) -> float:
     all tokens have keys and values, the rest is for [CLS] alone.
     """
     patches_per_view = visible_patches_per_view(config.num_patches, config.mask_ratio, config.num_views)
-    tokens, width, last = 1 + patches_per_view, config.hidden_size, config.num_hidden_layers - 1
+    width, layers = config.hidden_size, config.num_hidden_layers
+    sequence = layers_gigaflop(1 + patches_per_view, width, config.intermediate_size, layers, cls_only=True)
+    return config.num_views * sequence
+
+
+def layers_gigaflop(tokens: int, width: int, mlp_width: int, layers: int, cls_only: bool = False) -> float:
+    """GFLOP of a ViT's layers for one sequence, forward and backward; the last one for [CLS] alone with `cls_only`."""
 
     def layer(asking: int) -> int:
         """A layer in which so many of the tokens have queries."""
-        per_asking_token = 4 * width**2 + 4 * tokens * width + 4 * width * config.intermediate_size
+        per_asking_token = 4 * width**2 + 4 * tokens * width + 4 * width * mlp_width
         return tokens * 4 * width**2 + asking * per_asking_token
 
-    return 3 * config.num_views * (last * layer(tokens) + layer(1)) / 1e9
+    return 3 * ((layers - 1) * layer(tokens) + layer(1 if cls_only else tokens)) / 1e9
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Settings from a YAML recipe and flags: one flag per field of a dataclass, all checked before anything is loaded."""
 
 import difflib
+import json
 import sys
 from argparse import SUPPRESS
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ def _recipe_flags(path: str, kind: type[Settings]) -> list[str]:
         if key not in _names(kind):
             raise ValueError(f"unknown key {key!r} in {path}{_nearest(str(key), kind)}")
         several = isinstance(value, list) and isinstance(getattr(kind(), key), list)
+        value = json.dumps(value) if isinstance(value, dict) else value
         if value not in ("", "~", "null"):
             flags += [f"--{key}", *value] if several else [f"--{key}={value}"]
     return flags

@@ -29,11 +29,22 @@ PHOTOS = {
     "retina": "retina.jpg",
     "rocket": "rocket.jpg",
 }
-# Vertical strips of each photograph, as shares of its width. They alternate, so that both splits show the subject.
-STRIPS = {"train": [(0.0, 0.3), (0.5, 0.8)], "test": [(0.3, 0.5), (0.8, 1.0)]}
+# Parts of each photograph: left, top, right and bottom as shares of its width and height. They are vertical strips
+# that alternate, so that both splits show the subject.
+Part = tuple[float, float, float, float]
+PARTS: dict[str, list[Part]] = {
+    "train": [(0.0, 0.0, 0.3, 1.0), (0.5, 0.0, 0.8, 1.0)],
+    "test": [(0.3, 0.0, 0.5, 1.0), (0.8, 0.0, 1.0, 1.0)],
+}
+# To choose settings on `validation`, which shares the strips of train with a smaller train; test is the same.
+HELD_OUT_PARTS: dict[str, list[Part]] = {
+    "train": [(left, top, left + 0.3, top + 0.35) for left in (0.0, 0.5) for top in (0.0, 0.65)],
+    "validation": [(left, 0.35, left + 0.3, 0.65) for left in (0.0, 0.5)],
+    "test": PARTS["test"],
+}
 CROP_PIXELS = 64
-SHARDS = {"train": 8, "test": 2}
-CROPS_PER_PHOTO = {"train": 512, "test": 128}
+SHARDS = {"train": 8, "test": 2, "validation": 2}
+CROPS_PER_PHOTO = {"train": 512, "test": 128, "validation": 128}
 SEED = 0
 
 
@@ -42,12 +53,21 @@ def photo_crops() -> Path:
 
     A crop's label is its photograph. Train and test crops come from different strips of it: no pixel is in both.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"micl-photos-{CROP_PIXELS}px-v2"
+    return _made(f"micl-photos-{CROP_PIXELS}px-v2", PARTS)
+
+
+def held_out_crops() -> Path:
+    """The same with a validation split, and less in train: no pixel is in two of the three."""
+    return _made(f"micl-photos-{CROP_PIXELS}px-held-out-v1", HELD_OUT_PARTS)
+
+
+def _made(name: str, parts: dict[str, list[Part]]) -> Path:
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
-        for split in SHARDS:
-            _write_split(split, unfinished)
+        for split in parts:
+            _write_split(split, unfinished, parts[split])
         try:
             unfinished.rename(folder)
         except OSError:  # another process was faster
@@ -55,9 +75,9 @@ def photo_crops() -> Path:
     return folder
 
 
-def _write_split(split: str, folder: Path) -> None:
+def _write_split(split: str, folder: Path, parts: list[Part]) -> None:
     rng = np.random.default_rng((SEED, list(SHARDS).index(split)))
-    photos = [_strips(split, Image.open(Path(skimage.data.__file__).parent / file)) for file in PHOTOS.values()]
+    photos = [_cut(parts, Image.open(Path(skimage.data.__file__).parent / file)) for file in PHOTOS.values()]
     labels = rng.permutation(np.repeat(np.arange(len(photos)), CROPS_PER_PHOTO[split]))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(PHOTOS))})
     crops = datasets.Dataset.from_dict(
@@ -69,15 +89,17 @@ def _write_split(split: str, folder: Path) -> None:
         shard.to_parquet(folder / f"{split}-{index:05d}-of-{SHARDS[split]:05d}.parquet")
 
 
-def _strips(split: str, photo: Image.Image) -> list[Image.Image]:
-    photo = photo.convert("RGB")
-    edges = [(int(left * photo.width), int(right * photo.width)) for left, right in STRIPS[split]]
-    return [photo.crop((left, 0, right, photo.height)) for left, right in edges]
+def _cut(parts: list[Part], photo: Image.Image) -> list[Image.Image]:
+    width, height, photo = *photo.size, photo.convert("RGB")
+    return [
+        photo.crop((int(left * width), int(top * height), int(right * width), int(bottom * height)))
+        for left, top, right, bottom in parts
+    ]
 
 
-def _crop(strips: list[Image.Image], rng: np.random.Generator) -> bytes:
-    """A random square of one of the strips, from one to two thumbnails wide, as JPEG."""
-    photo = strips[rng.integers(len(strips))]
+def _crop(parts: list[Image.Image], rng: np.random.Generator) -> bytes:
+    """A random square of one of the parts, from one to two thumbnails wide, as JPEG."""
+    photo = parts[rng.integers(len(parts))]
     side = int(rng.integers(CROP_PIXELS, min(2 * CROP_PIXELS, *photo.size) + 1))
     left, top = rng.integers(photo.width - side + 1), rng.integers(photo.height - side + 1)
     box = (int(left), int(top), int(left) + side, int(top) + side)

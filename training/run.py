@@ -61,11 +61,12 @@ def make_plan(config: TrainingSettings, num_images: int, processes: int) -> Plan
         )
     forwards_per_epoch = num_images // forward_images
     images_per_step = forward_images * config.gradient_accumulation_steps
-    total_steps = config.epochs * forwards_per_epoch // config.gradient_accumulation_steps
+    forwards = round(config.epochs * forwards_per_epoch)
+    total_steps = forwards // config.gradient_accumulation_steps
     if total_steps < 1:
         raise ValueError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} are more than the "
-            f"{config.epochs * forwards_per_epoch} forward passes of all epochs: lower it, or train for more epochs."
+            f"{forwards} forward passes of all epochs: lower it, or train for more epochs."
         )
     return Plan(
         forward_images=forward_images,
@@ -94,7 +95,7 @@ def summary(run: "Run", about_the_model: dict[str, str]) -> str:
         f"{plan.forward_images}",
         "learning rate": f"{plan.peak_lr:.3g} at its peak = {config.base_lr:g} × {plan.images_per_step} / 256",
         "steps": f"{plan.total_steps:,}, {plan.forwards_per_epoch / config.gradient_accumulation_steps:g} per epoch; "
-        f"schedule over {config.epochs} epochs, {config.warmup_epochs:g} of them warm-up",
+        f"schedule over {config.epochs:g} epochs, {config.warmup_epochs:g} of them warm-up",
     }
     return "\n".join(f"{name:<26} {text}" for name, text in lines.items())
 

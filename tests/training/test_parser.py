@@ -125,7 +125,14 @@ def test_an_unknown_name_like_no_other_points_to_the_list(capsys: pytest.Capture
 @pytest.mark.parametrize(
     "line",
     [
-        *("epochs: 1.5", "epochs: many", "seed: yes", "mask_ratio: abc", "max_steps: 1e3", "horizontal_flip: perhaps"),
+        *(
+            "num_workers: 1.5",
+            "epochs: many",
+            "seed: yes",
+            "mask_ratio: abc",
+            "max_steps: 1e3",
+            "horizontal_flip: perhaps",
+        ),
         *("image_size: big", "image_size: [64, big]", "similarity: euclid", "negatives: all", "mixed_precision: fp8"),
         *("streaming: perhaps", "base_lr: {a: 1}"),
     ],

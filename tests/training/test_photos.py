@@ -68,8 +68,8 @@ def test_no_pixel_is_in_both_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_process_that_comes_second_takes_what_the_first_made(monkeypatch: pytest.MonkeyPatch) -> None:
     write, made = photos._write_split, []
 
-    def overtaken(split: str, folder: Path) -> None:
-        write(split, folder)
+    def overtaken(split: str, folder: Path, parts: list[photos.Part]) -> None:
+        write(split, folder, parts)
         if split == "test" and not made:
             made.append(folder)
             made.append(photo_crops())
@@ -84,10 +84,10 @@ def test_a_process_that_comes_second_takes_what_the_first_made(monkeypatch: pyte
 def test_a_crash_half_way_leaves_nothing_that_looks_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     write = photos._write_split
 
-    def crashes(split: str, folder: Path) -> None:
+    def crashes(split: str, folder: Path, parts: list[photos.Part]) -> None:
         if split == "test":
             raise KeyboardInterrupt
-        write(split, folder)
+        write(split, folder, parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(photos, "_write_split", crashes)

@@ -87,6 +87,12 @@ def test_the_summary_says_what_follows_from_the_settings(
     assert "cached" not in printed
 
 
+def test_part_of_an_epoch_is_as_many_steps_as_it_has(settings: Settings) -> None:
+    for steps in (1, 13, 49, 60):  # 1 / 49 · 49 is a little less than 1
+        plan = make_plan(settings(epochs=steps / 49, warmup_epochs=0), num_images=8 * 49, processes=1)
+        assert (plan.forwards_per_epoch, plan.total_steps) == (49, steps)
+
+
 def test_too_much_accumulation_is_refused(settings: Settings) -> None:
     with pytest.raises(ValueError, match="gradient_accumulation_steps"):
         make_plan(settings(epochs=2, gradient_accumulation_steps=9), num_images=32, processes=1)
