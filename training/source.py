@@ -145,9 +145,7 @@ def open_source(
     if sum(lengths) == 0:
         raise ValueError(f"The split {split!r} of {dataset!r} is empty: check --dataset and --split.")
     fingerprint = _fingerprint(files, lengths, image_and_label.features)
-    if (
-        row_groups and names and not all_columns
-    ):  # a thousand of them would be copied several times whenever a shard is opened
+    if row_groups and names and not all_columns:  # a thousand would be copied several times for each opened shard
         rows = rows.cast_column(label_column, datasets.Value("int64"))
     return ImageSource(
         rows=rows,
