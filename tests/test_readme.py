@@ -1,4 +1,4 @@
-"""The README's commands are run as they are written, but with flags behind them that leave less to do.
+"""The commands of README and guide are run as they are written, but with flags behind them that leave less to do.
 
 What they come to without these is in `model_cards/`.
 """
@@ -22,12 +22,13 @@ from modeling_micl import MiclForPreTraining, MiclPreTrainedModel
 
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "training").rglob("*.md"))]
+READ = "".join((ROOT / page).read_text() for page in ("README.md", "training/GUIDE.md"))
 
 
 def block(marker: str) -> str:
-    match = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, re.DOTALL)
-    assert match, f"README.md has no block marked {marker!r}"
+    match = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", READ, re.DOTALL)
+    assert match, f"no block is marked {marker!r}"
     return match[1]
 
 
@@ -134,8 +135,16 @@ def test_the_model_is_ready_to_be_published_as_the_readme_says(workplace: Path) 
     assert str(workplace) not in card
 
 
-def test_every_recipe_and_file_that_the_readme_names_exists() -> None:
-    for path in re.findall(r"(?:training/recipes|model_cards)/[\w/]+\.\w+", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_everything_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text().replace("training.NAME", "").replace("training/benchmarks/NAME.json", "")  # stand for any
+    for path in re.findall(r"(?<![\w/])(?:training/recipes|training/benchmarks|model_cards|tests)/[\w/]+\.\w+", text):
         assert (ROOT / path).exists(), path
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for target in re.findall(r'\]\((?!https?:)([^)]+)\)|src="(?!https?:)([^"]+)"', text):
+        file, _, heading = "".join(target).partition("#")
+        assert (page.parent / file).exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", (page.parent / file if file else page).read_text(), re.MULTILINE)
+            assert heading in {name.lower().replace(" ", "-").replace(",", "") for name in headings}, target
+    for module in re.findall(r"python -m ((?:training|modeling_micl|tests)[\w.]+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
