@@ -1,29 +1,25 @@
 """The log of a run: metrics.jsonl, the trackers and the progress bar."""
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.agreement import Told
 from training.alarms import Alarm, InputAlarm, SpikeAlarm
 from training.data import Batch
-from training.disk import replace_file, without_stopping
+from training.disk import without_stopping
+from training.log_files import Met, MetricsLog, SkippedLog
 from training.monitor import matmul_peak
 from training.processes import cores_without_process
 from training.run import Run
-from training.skipped import SkippedImage
 
 
 # What the progress bar shows of an entry, where it is there.
@@ -37,83 +33,12 @@ SHOWN = {
     "probe_accuracy": ".1%",
     "top1_accuracy": ".1%",
 }
-NAMED = 20  # broken images that are named on the terminal
-# The optimiser step and the epoch in which a broken image was met
-Met = tuple[int, int, SkippedImage]
-
-
-class MetricsLog:
-    """`metrics.jsonl`, one object per line; entries beyond the resumed step are dropped, as they come again.
-
-    There is no file before the first entry. `kept` are the entries that were there and stay.
-    """
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        self.waiting: list[str] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
-        if not self.kept:
-            path.unlink(missing_ok=True)
-            return
-        with replace_file(path) as unfinished:
-            unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in self.kept))
-
-    def write(self, entry: dict[str, Any]) -> None:
-        """Append one entry; it must have a step. While the disk is full, entries wait for the next to be written."""
-        self.waiting.append(json.dumps(entry) + "\n")
-        with without_stopping(str(self.path)):
-            self.path.touch()
-            size = self.path.stat().st_size
-            try:
-                with self.path.open("a") as file:
-                    file.writelines(self.waiting)
-            except OSError:
-                os.truncate(self.path, size)  # no half lines
-                raise
-            self.waiting.clear()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a `metrics.jsonl`; a line that a crash cut short is left out."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
-    return entries
 
 
 def end_trackers(accelerator: Accelerator) -> None:
     """Have them write what they hold; all processes call it when the run has come to its end."""
     with without_stopping("what trackers show"):
         accelerator.end_training()
-
-
-class SkippedLog:
-    """`skipped.jsonl`: every image that cannot be decoded, once, with the step and the epoch that met it first.
-
-    Its entries, too, are dropped beyond the resumed step, so that an interrupted run leaves the same file.
-    """
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.file = MetricsLog(path, step)
-        self.known = {entry["index"] for entry in self.file.kept}
-
-    def add(self, met: list[Met]) -> list[str]:
-        """Append the images that are not there yet; returns what to tell of them: little if they are many."""
-        texts = []
-        for step, epoch, image in sorted(met, key=lambda one: (one[0], one[2].index)):
-            if image.index in self.known:
-                continue
-            self.known.add(image.index)
-            self.file.write({"step": step, "epoch": epoch} | asdict(image))
-            if len(self.known) <= NAMED:
-                texts.append(f"skipped a broken image, another takes its place: {image}")
-            elif len(self.known) == NAMED + 1:
-                texts.append(f"more broken images are named in {self.file.path} only")
-        return texts
 
 
 class Logger:
@@ -215,7 +140,7 @@ class Logger:
         """
         run, accelerator, progress = self.run, self.run.accelerator, self.run.progress
         local = {"loss": self.loss, "finite": self.finite} | measured
-        for name, number in (("images", self.images), ("broken", len(self.broken)), ("waited", self.waited)):
+        for name, number in {"images": self.images, "broken": len(self.broken), "waited": self.waited}.items():
             local[name] = torch.tensor(float(number), device=self.loss.device)
         means = accelerator.reduce(torch.stack(list(local.values())).double(), reduction="mean").tolist()
         metrics = dict(zip(local, means, strict=True))
@@ -259,6 +184,12 @@ class Logger:
         if accuracies := evaluate():
             self._publish({"step": self.run.progress.step} | accuracies)
         self.since += time.perf_counter() - start
+
+    def evaluated(self) -> bool:
+        """Whether the step from which a resumed run goes on was evaluated; all processes call it."""
+        step, kept = self.run.progress.step, self.file.kept if self.file else []
+        there = any(e["step"] == step and "loss" not in e and "processes" not in e for e in kept)
+        return bool(broadcast_object_list([there])[0])
 
     def _publish(self, entry: dict[str, Any]) -> None:
         if self.file:

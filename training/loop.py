@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 
 from torch import Tensor
@@ -119,20 +120,28 @@ def learn(run: Run, task: Task, batch: Batch, with_norm: bool) -> tuple[ModelOut
     return output, grad_norm
 
 
+def evaluate(run: Run, task: Task, log: Logger, stop: StopRequest, saved: bool) -> None:
+    """Evaluate amid training; if all is saved, a request to stop is answered at once, and this is done again later."""
+    with stop.ending_at_once(run) if saved else nullcontext():
+        log.write_evaluation(task.evaluate)
+    run.model.train()
+
+
 def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
     """Train to the end of the plan; returns False if the run was asked to stop before, and is saved."""
     mark_started(run)
     config, accelerator, progress, total_steps = run.config, run.accelerator, run.progress, run.plan.total_steps
     forwards = task.eval_epochs * run.plan.forwards_per_epoch
     eval_every = max(forwards // config.gradient_accumulation_steps, 1) if forwards else 0  # optimiser steps
-    if eval_every and progress.step == 0:
-        log.write_evaluation(task.evaluate)
     run.model.train()
+    if eval_every and progress.step % eval_every == 0 and progress.step < total_steps and not log.evaluated():
+        evaluate(run, task, log, stop, saved=True)
     agreement = Agreement(accelerator)
     batches_left = process_batches(run, task) if progress.step < total_steps else iter(())
     for batch in keep_before_failing(run, log, agreement, log.timed(batches_left)):
         step = progress.step + 1  # the one that this pass belongs to
-        save_due = step % config.save_steps == 0 or step == total_steps
+        evaluation_due = bool(eval_every) and step % eval_every == 0 and step < total_steps
+        save_due = step % config.save_steps == 0 or evaluation_due or step == total_steps
         log_due = step % config.logging_steps == 0 or save_due
         output, grad_norm = learn(run, task, batch, with_norm=log_due)
         log.add(batch, output.loss)
@@ -143,17 +152,15 @@ def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
         stopping = log.follow(agreement.tell(step, stop.came, bad, at_once=log_due))
         if log_due or stopping:
             log.write(task.metrics(output), grad_norm)
-        if save_due or stopping:
-            save_run(run, stopping)
+        saved = (save_due or stopping) and save_run(run, stopping, at_once=evaluation_due)
         if stopping:
             mark_stopped(run)
             accelerator.wait_for_everyone()  # the launcher ends the others as soon as one has ended
             return False
         if save_due and step < total_steps:
             task.after_checkpoint()
-        if eval_every and step % eval_every == 0 and step < total_steps:
-            log.write_evaluation(task.evaluate)
-            run.model.train()
+        if evaluation_due:
+            evaluate(run, task, log, stop, saved)
         if step == total_steps:
             break
     stop.end_at_once(run)

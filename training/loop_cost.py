@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from training.batch_cost import BatchSettings
 from training.config import setting
 from training.cost_settings import Entry
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.step_cost import Learner, Way
 from training.timing import per_image, time_steps
 

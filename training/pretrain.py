@@ -20,7 +20,8 @@ from training.data import Batch
 from training.features import encoder_features, normalize_pixels
 from training.figures import save_curves, save_figures
 from training.images import Transform, random_resized_crop
-from training.log import Logger, end_trackers, read_metrics
+from training.log import Logger, end_trackers
+from training.log_files import read_metrics
 from training.loop import Task, train
 from training.micro_batch import find_micro_batch
 from training.monitor import batch_metrics, gigaflop_per_image

@@ -218,12 +218,16 @@ class Run:
         return model
 
 
-def save_run(run: Run, stopping: bool = False) -> None:
+def save_run(run: Run, stopping: bool = False, at_once: bool = False) -> bool:
     """Write a resumable checkpoint; with `async_checkpoints` while training goes on, if it does.
 
     Args:
         run: what to save.
         stopping: whether the run ends before its last step, and all depends on this checkpoint.
+        at_once: whether to wait for it.
+
+    Returns:
+        Whether it is there now.
 
     Raises:
         NotSaved: on all processes, if this one or the one before could not be written; not for a full disk where the
@@ -236,20 +240,22 @@ def save_run(run: Run, stopping: bool = False) -> None:
         "forward_images": run.plan.forward_images,
         "contrasted_images": run.plan.contrasted_images,
     }
-    in_background = run.config.async_checkpoints and not stopping and run.progress.step < run.plan.total_steps
+    going_on = not stopping and run.progress.step < run.plan.total_steps
+    in_background = run.config.async_checkpoints and going_on and not at_once
     _finish_saving(run)
     run.writer.begin(run, run.progress.step, state, copy=in_background)
-    if not in_background:
-        _finish_saving(run, stopping)
+    return not in_background and _finish_saving(run, stopping)
 
 
-def _finish_saving(run: Run, stopping: bool = False) -> None:
+def _finish_saving(run: Run, stopping: bool = False) -> bool:
     try:
         run.writer.finish()
     except DiskFull as error:
         if stopping or run.config.on_full_disk == "stop":
             raise
         run.accelerator.print(f"WARNING: {error} The run goes on without.", file=sys.stderr)
+        return False
+    return True
 
 
 def resume_run(run: Run) -> None:

@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from training.disk import without_stopping
@@ -39,10 +41,19 @@ class StopRequest:
         return self.since is not None or (self.launcher is not None and os.getppid() != self.launcher)
 
     def end_at_once(self, run: Run) -> None:
-        """From now on end without saving: training is complete and saved, and the rest can be done again."""
+        """From now on end without saving: all is saved, and the rest can be done again."""
         self.run = run
         if self.came:
             self._end(run)
+
+    @contextmanager
+    def ending_at_once(self, run: Run) -> Iterator[None]:
+        """The same for a while."""
+        self.end_at_once(run)
+        try:
+            yield
+        finally:
+            self.run = None
 
     def _receive(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -55,15 +66,20 @@ class StopRequest:
             signal.raise_signal(number)
 
     def _end(self, run: Run) -> None:
-        mark_stopped(run)
+        write_stopped(run)  # from any process: the others may have been ended in the meantime
         raise SystemExit(STOPPED_STATUS)
 
 
 def mark_stopped(run: Run) -> None:
     """Tell by a file in the run's folder that the same command is to be started again."""
     if run.accelerator.is_main_process:
-        with without_stopping(str(run.folder / STOPPED_FILE)):
-            (run.folder / STOPPED_FILE).write_text(f"step {run.progress.step}\n")
+        write_stopped(run)
+
+
+def write_stopped(run: Run) -> None:
+    """Write that file."""
+    with without_stopping(str(run.folder / STOPPED_FILE)):
+        (run.folder / STOPPED_FILE).write_text(f"step {run.progress.step}\n")
 
 
 def mark_started(run: Run) -> None:

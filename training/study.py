@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.parser import parse_settings
 from training.results import read_evaluation
 from training.stop import STOPPED_STATUS

@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from modeling_micl import MiclConfig, MiclForPreTraining
 from training import finetune, linear_probe
 from training.classifier_config import FinetuneConfig, ProbeConfig
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.results import save_model
 
 

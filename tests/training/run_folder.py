@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.log import read_metrics
+from training.log_files import read_metrics
 
 
 def course(run: Path) -> list[tuple[float, ...]]:

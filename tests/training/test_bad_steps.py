@@ -17,7 +17,7 @@ from training.agreement import Agreement
 from training.checkpoint import newest_checkpoint, read_state
 from training.config import PretrainConfig
 from training.data import Batch
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.stream import StreamError
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput
 from training.cached import RandomState, cached_backward
 from training.config import PretrainConfig
-from training.log import read_metrics
+from training.log_files import read_metrics
 
 
 Write = Callable[..., Path]

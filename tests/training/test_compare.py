@@ -16,7 +16,7 @@ from training.comparison import ComparisonConfig, build_method, gigaflop_per_tra
 from training.config import PretrainConfig
 from training.data import Batch
 from training.features import normalize_pixels
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.monitor import gigaflop_per_image
 
 

@@ -37,7 +37,7 @@ from modeling_micl import MiclForPreTraining
 from modeling_micl.remote_code import REMOTE_FILES
 from training import finetune, supervised
 from training.classifier_config import FinetuneConfig
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.parser import parse_settings
 
 

@@ -16,7 +16,7 @@ from modeling_micl import MiclForPreTraining
 from training import pretrain, results
 from training.checkpoint import DiskFull, find_defect
 from training.config import PretrainConfig
-from training.log import MetricsLog, read_metrics
+from training.log_files import MetricsLog, read_metrics
 from training.results import save_model
 
 

@@ -19,7 +19,7 @@ from source_rows import all_rows
 from modeling_micl import MiclForPreTraining
 from training import loop, pretrain
 from training.config import PretrainConfig
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.loop import train
 from training.results import save_model
 from training.run import Run, save_run

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_micl import MiclConfig, MiclForPreTraining, MiclForPreTrainingOutput, micl_loss
 from modeling_micl.configuration_micl import height_and_width
 from training import monitor
-from training.log import MetricsLog, read_metrics
+from training.log_files import MetricsLog, read_metrics
 from training.monitor import batch_metrics, effective_rank, gigaflop_per_image, matmul_peak, provenance
 
 

@@ -20,7 +20,7 @@ from training.data import Batch, EvaluationImages, batches
 from training.features import normalize_pixels
 from training.images import central_crop
 from training.judge import fit_probe
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.monitor import gigaflop_per_image
 from training.pretrain import Contrast
 from training.source import open_source

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modeling_micl import MiclForPreTraining
 from training.config import PretrainConfig
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.micro_batch import find_micro_batch
 
 

@@ -21,7 +21,7 @@ from modeling_micl.remote_code import REMOTE_FILES
 from training import pretrain
 from training.config import PretrainConfig
 from training.judge import knn_accuracy
-from training.log import read_metrics
+from training.log_files import read_metrics
 
 
 Write = Callable[..., Path]

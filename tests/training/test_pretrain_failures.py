@@ -16,7 +16,7 @@ from training import pretrain
 from training.checkpoint import newest_checkpoint, read_state
 from training.config import PretrainConfig
 from training.features import normalize_pixels
-from training.log import read_metrics
+from training.log_files import read_metrics
 
 
 Write = Callable[..., Path]

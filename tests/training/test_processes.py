@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from training.log import read_metrics
+from training.log_files import read_metrics
 
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,8 @@ from training import pretrain
 from training import run as run_module
 from training.checkpoint import find_defect
 from training.config import PretrainConfig
-from training.log import Logger, read_metrics
+from training.log import Logger
+from training.log_files import read_metrics
 from training.run import Progress, Run
 from training.stop import STOPPED_STATUS
 

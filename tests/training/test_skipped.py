@@ -18,7 +18,7 @@ from PIL import Image
 from training.config import PretrainConfig
 from training.data import Batch, EvaluationImages, TrainingBatches, TrainingOrder, batches, concatenate
 from training.images import central_crop, decode_rgb, random_resized_crop, to_pixels
-from training.log import NAMED, SkippedLog, read_metrics
+from training.log_files import NAMED, SkippedLog, read_metrics
 from training.skipped import SkippedImage
 from training.source import ImageSource, open_source
 

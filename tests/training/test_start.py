@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTModel
 from modeling_micl import MiclConfig, MiclForImageClassification, MiclForPreTraining, MiclModel
 from training import pretrain
 from training.config import PretrainConfig
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.run import Run
 from training.start import read_start
 

@@ -16,6 +16,7 @@ from training import checkpoint, pretrain, stop
 from training.checkpoint import find_defect
 from training.config import PretrainConfig
 from training.log import Logger
+from training.log_files import read_metrics
 from training.pretrain import Contrast
 from training.stop import LAUNCHED, StopRequest
 
@@ -89,6 +90,70 @@ def test_a_signal_during_the_last_evaluation_ends_the_run_and_the_same_command_f
     assert not (run / "STOPPED").exists()
     assert (run / "model").exists()
     assert course(run) == before
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_signal_during_an_evaluation_ends_the_run_which_evaluates_when_it_goes_on(
+    number: int,
+    asynchronous: bool,
+    write_shards: Callable[..., Path],
+    settings: Settings,
+    run_pretraining: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    evaluate, evaluations = Contrast.evaluate, count()
+
+    def signal_amid(self: Contrast) -> dict[str, float]:
+        if next(evaluations) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self)
+
+    write_shards(20)
+    write_shards(10, split="test")
+    options = {"knn_images": 10, "knn_epochs": 1, "max_steps": 6, "logging_steps": 4, "save_steps": 5}
+    whole = run_pretraining(settings(output_dir=str(tmp_path / "whole"), **options))
+    options |= {"output_dir": str(tmp_path / "run"), "async_checkpoints": asynchronous}
+    with monkeypatch.context() as patch:
+        patch.setattr(Contrast, "evaluate", signal_amid)
+        with pytest.raises(SystemExit) as ended:
+            run_pretraining(settings(**options))
+    run, step = tmp_path / "run", 2 * number  # of two steps per epoch
+    assert ended.value.code == 75
+    assert (run / "STOPPED").read_text() == f"step {step}\n"
+    assert (saved_steps(run) or [0])[-1] == step
+    run_pretraining(settings(**options))
+    assert course(run) == course(whole)
+    of_both = [read_metrics(folder / "metrics.jsonl") for folder in (run, whole)]
+    entries = [[(e["step"], e["knn_accuracy"]) for e in kept if "knn_accuracy" in e] for kept in of_both]
+    assert entries[0] == entries[1]
+    assert [at for at, _ in entries[0]] == [0, 2, 4, 6]
+
+
+def test_a_run_that_goes_on_where_it_was_evaluated_is_not_evaluated_again(
+    write_shards: Callable[..., Path],
+    settings: Settings,
+    run_pretraining: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_shards(20)
+    write_shards(10, split="test")
+    config = settings(knn_images=10, knn_epochs=1, max_steps=6, save_steps=5)
+    add = Logger.add
+
+    def crash(self: Logger, *args: Any) -> None:
+        add(self, *args)
+        if self.run.progress.step == 4:
+            raise RuntimeError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Logger, "add", crash)
+        with pytest.raises(RuntimeError, match="lost"):
+            run_pretraining(config)
+    run = run_pretraining(config)
+    entries = read_metrics(run / "metrics.jsonl")
+    assert [entry["step"] for entry in entries if "knn_accuracy" in entry] == [0, 2, 4, 6]
 
 
 def test_a_stop_waits_for_the_checkpoints_that_are_being_written_and_nothing_follows_them(

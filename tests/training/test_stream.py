@@ -23,7 +23,7 @@ from source_rows import all_rows
 
 from training import stream
 from training.config import PretrainConfig
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.run import read_state
 from training.source import open_source
 from training.stream import StreamError

@@ -15,7 +15,7 @@ import pytest
 from study_files import small_study
 
 from training import study, study_runs
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.results import read_evaluation
 from training.stop import STOPPED_STATUS
 from training.study_plan import Planner

@@ -11,7 +11,7 @@ from hub_server import TOKEN, HubServer, Repository
 from training import uploads
 from training.classifier_config import ProbeConfig
 from training.config import PretrainConfig
-from training.log import read_metrics
+from training.log_files import read_metrics
 from training.uploads import Uploads
 
 
