@@ -2,7 +2,9 @@
 
 The loss needs the embeddings of all images at once, but the graph of a few at a time is enough for its gradient:
 
-1. Embed all micro-batches, remembering the random state before each. Only the last one keeps its graph.
+1. Embed all micro-batches, remembering the random state before each. Only the last one keeps its graph. Without, some go
+   through together, which is faster and takes less memory than a graph of one, unless layers are checkpointed; each goes
+   alone where layers draw random numbers.
 2. Compute the loss of all embeddings, and its gradient at each of them.
 3. Pass the last micro-batch's rows of that gradient backward. Embed each other micro-batch again with graph, from the
    same views and the same random state, and do the same.
@@ -18,9 +20,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput
+from modeling_micl import MiclConfig, MiclForPreTraining, MiclForPreTrainingOutput
 
 
+TOGETHER = 4  # micro-batches that go through without graph at once
 # Runs the prepared model without loss on these rows of the process's images, with the same views each time.
 Embed = Callable[[slice], MiclForPreTrainingOutput]
 
@@ -55,11 +58,16 @@ def cached_backward(
     """
     micro_batches = [slice(first, first + images_per_pass) for first in range(0, images, images_per_pass)]
     *others, last = micro_batches
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    assert isinstance(unwrapped, MiclForPreTraining)
+    alone = unwrapped.is_gradient_checkpointing or draws_random_numbers(unwrapped.config)
+    together = 1 if alone else TOGETHER
+    large_batches = [slice(some[0].start, some[-1].stop) for some in _groups(others, together)]
 
     # (1) All embeddings. Processes add up their gradients once, in the last backward pass.
     random_states, outputs = [], []
     with accelerator.no_sync(model):
-        for rows in micro_batches:
+        for rows in [*large_batches, last]:
             random_states.append(RandomState(accelerator.device))
             with torch.set_grad_enabled(rows is last):
                 outputs.append(embed(rows))
@@ -69,8 +77,6 @@ def cached_backward(
     )
 
     # (2) Their loss and its gradient at each of them, over all processes if negatives are global.
-    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-    assert isinstance(unwrapped, MiclForPreTraining)
     view_embeds.requires_grad_()
     loss, logits = unwrapped.contrast(view_embeds)
     (gradient,) = torch.autograd.grad(loss, view_embeds)
@@ -78,8 +84,8 @@ def cached_backward(
     # (3) Back through the graph that is there, then through that of each other micro-batch, one at a time.
     with accelerator.no_sync(model):
         _pass_backward(accelerator, outputs.pop(), gradient[last])
-    for rows, random_state in zip(others, random_states, strict=False):
-        random_state.restore()
+    for number, rows in enumerate(others):
+        random_states[number // together].restore()
         synchronize = accelerator.sync_gradients and rows is others[-1]
         with nullcontext() if synchronize else accelerator.no_sync(model):
             _pass_backward(accelerator, embed(rows), gradient[rows])
@@ -87,6 +93,15 @@ def cached_backward(
     return MiclForPreTrainingOutput(
         loss=loss.detach(), logits=logits.detach(), view_embeds=view_embeds.detach(), ids_visible=ids_visible
     )
+
+
+def draws_random_numbers(config: MiclConfig) -> bool:
+    """Whether the layers do; the published pre-training has neither dropout nor drop path."""
+    return max(config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.drop_path_rate) > 0
+
+
+def _groups(micro_batches: list[slice], size: int) -> list[list[slice]]:
+    return [micro_batches[first : first + size] for first in range(0, len(micro_batches), size)]
 
 
 def _pass_backward(accelerator: Accelerator, output: MiclForPreTrainingOutput, gradient: Tensor) -> None:

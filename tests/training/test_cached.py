@@ -103,12 +103,18 @@ def test_the_next_step_draws_what_it_would_have_drawn(tiny_model: Build) -> None
     assert torch.equal(*drawn)
 
 
-def test_every_micro_batch_but_the_last_is_embedded_twice(tiny_model: Build) -> None:
-    accelerator, model = prepared(tiny_model(MiclForPreTraining))
-    with_graph = []
-    model.register_forward_pre_hook(lambda *_: with_graph.append(torch.is_grad_enabled()))
-    learn_cached(accelerator, model, images=8, micro=2)
-    assert with_graph == [False, False, False, True] + [True, True, True]
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_every_micro_batch_but_the_last_is_embedded_twice(
+    dropout: float, checkpointing: bool, tiny_model: Build
+) -> None:
+    accelerator, model = prepared(tiny_model(MiclForPreTraining, hidden_dropout_prob=dropout))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    without_graph, passes = [2] * 6 if dropout or checkpointing else [8, 4], []
+    model.register_forward_pre_hook(lambda _, given: passes.append((len(given[0]), torch.is_grad_enabled())))
+    learn_cached(accelerator, model, images=14, micro=2)
+    assert passes == [(images, False) for images in without_graph] + [(2, True)] * 7
 
 
 @pytest.mark.parametrize("options", [{"drop_path_rate": 0.5}, {"hidden_dropout_prob": 0.3}], ids=str)
