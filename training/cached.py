@@ -2,9 +2,9 @@
 
 The loss needs the embeddings of all images at once, but the graph of a few at a time is enough for its gradient:
 
-1. Embed all micro-batches, remembering the random state before each. Only the last one keeps its graph. Without, some go
-   through together, which is faster and takes less memory than a graph of one, unless layers are checkpointed; each goes
-   alone where layers draw random numbers.
+1. Embed all micro-batches, remembering the random state before each. Only the last one keeps its graph. Without, some
+   go through together, which is faster and takes less memory than a graph of one, unless layers are checkpointed; each
+   goes alone where layers draw random numbers.
 2. Compute the loss of all embeddings, and its gradient at each of them.
 3. Pass the last micro-batch's rows of that gradient backward. Embed each other micro-batch again with graph, from the
    same views and the same random state, and do the same.
