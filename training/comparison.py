@@ -45,8 +45,9 @@ def gigaflop_per_trained_image(config: ComparisonConfig) -> float:
         seen = 1 + int(model.num_patches * (1 - config.mask_ratio))
         decoder = layers_gigaflop(whole, config.decoder_width, 4 * config.decoder_width, config.decoder_layers)
         return layers_gigaflop(seen, width, mlp_width, layers) + decoder
-    sequences = 2 if config.method == "simclr" else 1
-    return sequences * layers_gigaflop(whole, width, mlp_width, layers)
+    if config.method == "simclr":
+        return 2 * layers_gigaflop(whole, width, mlp_width, layers, cls_only=True)
+    return layers_gigaflop(whole, width, mlp_width, layers)
 
 
 class Mae(nn.Module):
@@ -111,7 +112,7 @@ class SimClr(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The loss; the two crops lie side by side."""
         crops = torch.stack(batch.pixels.chunk(2, dim=2), dim=1).flatten(0, 1)  # (2B, H, W, 3)
-        embeds = self.projector(self.vit(normalize_pixels(crops)).pooler_output).float()
+        embeds = self.projector(self.vit(normalize_pixels(crops), cls_only=True).pooler_output).float()
         loss, _ = micl_loss(normalize(embeds, dim=-1).unflatten(0, (-1, 2)), self.temperature, similarity="cosine")
         return loss
 

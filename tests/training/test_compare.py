@@ -45,7 +45,8 @@ def test_the_cost_counts_every_sequence_and_the_decoder(compared: Compared) -> N
 
     cost = {method: gigaflop_per_trained_image(compared(method=method, mask_ratio=0.75)) for method in METHODS}
     assert cost["supervised"] == pytest.approx(layers(17, 32))
-    assert cost["simclr"] == pytest.approx(2 * layers(17, 32))
+    keys_and_values, of_cls = 17 * 4 * 32**2, 4 * 32**2 + 4 * 17 * 32 + 16 * 32**2  # its only layer is for [CLS] alone
+    assert cost["simclr"] == pytest.approx(2 * 3 * (keys_and_values + of_cls) / 1e9)
     assert cost["mae"] == pytest.approx(layers(5, 32) + layers(17, 32))
     deep = compared(method="mae", mask_ratio=0.75, decoder_layers=3, decoder_width=64)
     assert gigaflop_per_trained_image(deep) == pytest.approx(layers(5, 32) + 3 * layers(17, 64))
