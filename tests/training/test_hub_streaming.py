@@ -88,7 +88,7 @@ def test_a_run_that_loses_its_source_ends_with_clear_words_and_can_be_resumed(
     expected = losses(run_pretraining(settings(epochs=2, output_dir=str(tmp_path / "local"))))
     config = settings(epochs=2, dataset="me/pictures", save_steps=1, stream_timeout=1)
 
-    def save_and_go(run: Run, stopping: bool, at_once: bool) -> None:
+    def save_and_go(run: Run, stopping: bool, at_once: bool = False) -> None:
         save_run(run, stopping, at_once)
         hub.down = what == "the Hub" and run.progress.step >= 3
         hub.token = "another" if what == "the right to read" and run.progress.step >= 3 else TOKEN
