@@ -60,7 +60,7 @@ def cached_backward(
     *others, last = micro_batches
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     assert isinstance(unwrapped, MiclForPreTraining)
-    alone = unwrapped.is_gradient_checkpointing or draws_random_numbers(unwrapped.config)
+    alone = unwrapped.is_activation_checkpointing or draws_random_numbers(unwrapped.config)
     together = 1 if alone else TOGETHER
     large_batches = [slice(some[0].start, some[-1].stop) for some in _groups(others, together)]
 
