@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -227,7 +228,11 @@ class Checkpoints:
 
     def unfinished(self) -> set[tuple[str, int]]:
         """What is being written, or was when its process was killed."""
-        return {(path.name, path.stat().st_ctime_ns) for path in self.folder.glob(".tmp-*")}
+        found = set()
+        for path in self.folder.glob(".tmp-*"):
+            with suppress(FileNotFoundError):  # it has become a checkpoint in the meantime
+                found.add((path.name, path.stat().st_ctime_ns))
+        return found
 
     def check(self) -> bool:
         """Look for lost ones when all processes have ended; returns whether they were writing one."""
