@@ -52,7 +52,7 @@ class Peers:
             self.state = FAILED if kind else DONE
         self.ended.set()
         if self.thread.is_alive():
-            self.thread.join(SILENT)
+            self.thread.join(WARN if self.state == FAILED else SILENT)
             if self.state == FAILED:
                 time.sleep(2 * BEAT)  # until the others have read it: the store may end with this process
 
@@ -82,8 +82,9 @@ class Peers:
         try:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             # Its own connection, as that of the process group may be waiting.
-            timeout = timedelta(seconds=SILENT)
-            store = dist.TCPStore(host, port, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+            patience = timedelta(seconds=WARN)  # all processes come at once, while they start
+            store = dist.TCPStore(host, port, timeout=patience, wait_for_workers=False)  # type: ignore[attr-defined]
+            store.set_timeout(timedelta(seconds=SILENT))
             for key in self.keys:
                 store.compare_set(key, "", f"0 {AT_WORK}")  # so that there is something to read
             beats, last = 0, False
