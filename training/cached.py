@@ -62,12 +62,13 @@ def cached_backward(
     assert isinstance(unwrapped, MiclForPreTraining)
     alone = unwrapped.is_activation_checkpointing or draws_random_numbers(unwrapped.config)
     together = 1 if alone else TOGETHER
-    large_batches = [slice(some[0].start, some[-1].stop) for some in _groups(others, together)]
+    size = together * images_per_pass
+    without_graph = [slice(first, min(first + size, last.start)) for first in range(0, last.start, size)]
 
     # (1) All embeddings. Processes add up their gradients once, in the last backward pass.
     random_states, outputs = [], []
     with accelerator.no_sync(model):
-        for rows in [*large_batches, last]:
+        for rows in [*without_graph, last]:
             random_states.append(RandomState(accelerator.device))
             with torch.set_grad_enabled(rows is last):
                 outputs.append(embed(rows))
@@ -98,10 +99,6 @@ def cached_backward(
 def draws_random_numbers(config: MiclConfig) -> bool:
     """Whether the layers do; the published pre-training has neither dropout nor drop path."""
     return max(config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.drop_path_rate) > 0
-
-
-def _groups(micro_batches: list[slice], size: int) -> list[list[slice]]:
-    return [micro_batches[first : first + size] for first in range(0, len(micro_batches), size)]
 
 
 def _pass_backward(accelerator: Accelerator, output: MiclForPreTrainingOutput, gradient: Tensor) -> None:

@@ -53,7 +53,7 @@ def replace_file(final: Path, unfinished: Path | None = None) -> Iterator[Path]:
         yield unfinished
         synchronise_file(unfinished)
         unfinished.replace(final)
-    except Exception:
+    except BaseException:  # Ctrl-C and the end of a generator, too
         unfinished.unlink(missing_ok=True)
         raise
 

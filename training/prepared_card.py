@@ -8,6 +8,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+from training.disk import replace_file
 from training.monitor import provenance
 from training.parts import About
 from training.recoding import COMPARED_PIXELS
@@ -53,9 +54,8 @@ def _facts_of(files: list[Path]) -> tuple[About, Tally]:
 
 
 def _write(file: Path, text: str) -> None:
-    unfinished = file.with_name(f".tmp-{file.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
+    with replace_file(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def numbers(tally: Tally, file_bytes: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from datasets.table import embed_table_storage
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training.data import MAX_LANES, MIN_ROWS_PER_LANE, run_in_workers, worker_number
-from training.disk import is_disk_full, synchronise_folder
+from training.disk import is_disk_full, replace_file, synchronise_folder
 from training.parts import About, differences, share_of
 from training.recoding import Recoding, pixel_difference
 from training.skipped import SkippedImage, skipped_image
@@ -130,23 +130,19 @@ class Shards(IterableDataset["int | RuntimeError"]):
         """Write a shard in one move, so that whatever has its name is whole."""
         file = self.folder / shard_name(self.source.split, shard, self.about["num_shards"])
         # A process that outlives a killed run for a moment must not write into the file of the next.
-        unfinished = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-        tally = Tally()
-        try:
-            with unfinished.open("wb") as opened:
-                with pq.ParquetWriter(opened, self.schema, use_dictionary=False) as writer:
-                    while some := list(islice(rows, ROWS_PER_GROUP)):
-                        recoded = self._recode(some, tally)
-                        if recoded:  # `datasets` cannot read an empty row group
-                            writer.write_table(self._table(recoded))
-                        yield len(some)
-                    facts = {"about": self.about, "tally": asdict(tally)}
-                    writer.add_key_value_metadata({FACTS: json.dumps(facts)})
-                opened.flush()
-                os.fsync(opened.fileno())
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        unfinished, tally = file.with_name(f".tmp-{os.getpid()}-{file.name}"), Tally()
+        with (
+            replace_file(file, unfinished),
+            unfinished.open("wb") as opened,
+            pq.ParquetWriter(opened, self.schema, use_dictionary=False) as writer,
+        ):
+            while some := list(islice(rows, ROWS_PER_GROUP)):
+                recoded = self._recode(some, tally)
+                if recoded:  # `datasets` cannot read an empty row group
+                    writer.write_table(self._table(recoded))
+                yield len(some)
+            facts = {"about": self.about, "tally": asdict(tally)}
+            writer.add_key_value_metadata({FACTS: json.dumps(facts)})
 
     def _recode(self, rows: list[tuple[int, Row]], tally: Tally) -> list[Row]:
         """The rows whose images can be decoded, with these made small."""

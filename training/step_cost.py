@@ -27,11 +27,10 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.functional import normalize
 
-from modeling_micl import MiclConfig, MiclForPreTraining, MiclForPreTrainingOutput
-from modeling_micl.configuration_micl import height_and_width
+from modeling_micl import MiclConfig, MiclForPreTrainingOutput
 from training.cached import cached_backward
 from training.features import normalize_pixels
-from training.optim import build_optimizer
+from training.plain_step import micl_model, pretraining_optimizer, random_pixels
 from training.processes import use_all_cores
 from training.timing import Step
 
@@ -71,16 +70,11 @@ class Learner:
 
     def __init__(self, accelerator: Accelerator, config: MiclConfig, most_images: int) -> None:
         use_all_cores(accelerator)
-        self.accelerator, device, size = accelerator, accelerator.device, height_and_width(config.image_size)
-        self.pixels = torch.randint(0, 256, (most_images, *size, config.num_channels), dtype=torch.uint8)
-        if device.type == "cuda":
-            self.pixels = self.pixels.pin_memory()  # as the data loader does
+        self.accelerator, device = accelerator, accelerator.device
+        self.pixels = random_pixels(most_images, config)
         self.view_embeds = normalize(torch.randn(most_images, config.num_views, config.hidden_size), dim=-1).to(device)
-        self.unwrapped = MiclForPreTraining(config).train()
-        if device.type == "cpu":
-            self.unwrapped.set_attn_implementation("eager")  # as a run does
-        optimizer = build_optimizer(self.unwrapped, weight_decay=0.05, betas=(0.9, 0.95), learning_rate=1e-4)
-        self.model, self.optimizer = accelerator.prepare(self.unwrapped, optimizer)
+        self.unwrapped = micl_model(config, device)
+        self.model, self.optimizer = accelerator.prepare(self.unwrapped, pretraining_optimizer(self.unwrapped))
 
     def step(self, way: Way) -> None:
         """Forward, backward and optimiser."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 from training.config import DataSettings
 from training.named_dataset import DEMONSTRATION
@@ -61,12 +62,8 @@ def held_out_data(settings: DataSettings, every: int, folder: Path) -> Path:
 
 def _rows(source: ImageSource) -> Iterator[Row]:
     """Images and labels in stored order."""
-    if isinstance(source.rows, datasets.Dataset):
-        yield from ({"image": source.image_of(row), "label": source.label_of(row)} for row in source.rows)
-        return
-    for shard, length in enumerate(source.lengths):
-        for row in source.read(shard, 0, length):
-            yield {"image": source.image_of(row), "label": source.label_of(row)}
+    for _, row in source.rows_at(np.arange(source.num_images)):
+        yield {"image": source.image_of(row), "label": source.label_of(row)}
 
 
 def _write(rows: list[Row], source: ImageSource, file: Path) -> None:
