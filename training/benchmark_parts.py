@@ -18,6 +18,7 @@ from training.batch_cost import (
 from training.cost_settings import Entry, VitSettings
 from training.input_cost import InputSettings, measure_input
 from training.loop_cost import LoopSettings, measure_loop
+from training.markdown import markdown_table
 from training.peer_cost import PeerSettings, measure_peers
 from training.phase_cost import PhaseSettings, measure_phases
 from training.prepared_cost import PreparedSettings, measure_prepared
@@ -168,9 +169,8 @@ PARTS: dict[str, Part[Any]] = {
 
 def markdown(columns: Columns, entries: list[Entry]) -> str:
     """A table of the entries; what could not be measured is a dash."""
-    rows = [list(columns), ["---"] * len(columns)]
-    rows += [[_cell(entry.get(key), form) for key, form in columns.values()] for entry in entries]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[_cell(entry.get(key), form) for key, form in columns.values()] for entry in entries]
+    return markdown_table(list(columns), rows)
 
 
 def _cell(value: Any, form: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from modeling_micl.configuration_micl import height_and_width
+from training.checks import Checks
 from training.config import setting
 from training.data import Batch
 from training.evaluation import load_frozen
@@ -32,7 +33,7 @@ from training.source import ImageSource, open_source
 
 
 @dataclass
-class CollectionSettings:
+class CollectionSettings(Checks):
     """Shared by the programs that use a collection."""
 
     collection: str | None = setting(None, "folder that training.embed has written")
@@ -45,11 +46,6 @@ class CollectionSettings:
         if self.collection is None:
             raise ValueError("collection is not set: name the folder of training.embed with --collection.")
         self._validate_at_least(0, "seed")
-
-    def _validate_at_least(self, least: int, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from modeling_micl import MiclConfig
 from training.batch_size import check_contrasted, check_micro_batch, share_of
+from training.checks import Checks
 
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # USER/NAME on the Hub
@@ -20,7 +21,7 @@ def setting(default: Any, text: str) -> Any:
 
 
 @dataclass
-class DataSettings:
+class DataSettings(Checks):
     """Which images; shared by every entry point."""
 
     dataset: str = setting("ILSVRC/imagenet-1k", "Hub id, local folder or file, or 'photos' for the demonstration")
@@ -45,23 +46,10 @@ class DataSettings:
         """All settings, ready for JSON."""
         return asdict(self)
 
-    def _validate_at_least(self, least: int, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
-
     def _validate_few_shot(self, shares: list[float]) -> None:
         for share in shares:
             if not 0 < share <= 1:
                 raise ValueError(f"few_shot takes shares in (0, 1], got {share}; 1 alone turns it off.")
-
-    def _validate_share(self, *names: str, zero: bool = True, one: bool = True) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if not (0 <= value <= 1) or (value == 0 and not zero) or (value == 1 and not one):
-                interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
-                raise ValueError(f"{name} must lie in {interval}, got {value}.")
 
 
 @dataclass

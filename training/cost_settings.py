@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from modeling_micl import MiclConfig
 from training.arithmetic import DTYPES
+from training.checks import Checks
 from training.config import setting
 
 
@@ -27,7 +28,7 @@ def ratio(value: float | None, reference: float | None) -> float | None:
 
 
 @dataclass
-class CostSettings:
+class CostSettings(Checks):
     """How something is measured."""
 
     repetitions: int = setting(5, "timed repetitions of each kind, after one to warm up")
@@ -35,8 +36,7 @@ class CostSettings:
 
     def validate(self) -> None:
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
-        if self.repetitions < 1:
-            raise ValueError(f"repetitions must be at least 1, got {self.repetitions}.")
+        self._validate_at_least(1, "repetitions")
 
     def _validate_sizes(self, name: str, least: int) -> None:
         sizes = getattr(self, name)

@@ -28,11 +28,12 @@ from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Ran
 from torchvision.transforms.functional import InterpolationMode
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from training.checks import Checks
 from training.config import setting
 from training.data import Batch, TrainingBatches, TrainingOrder, batches, concatenate, run_in_workers
 from training.images import Pixels, decode_rgb, random_crop_box, random_resized_crop, to_pixels
+from training.monitor import usable_cores
 from training.photos import PHOTOS
-from training.processes import usable_cores
 from training.source import ImageSource, Row, open_source
 from training.timing import per_image
 
@@ -44,7 +45,7 @@ Stacked = list[tuple[Pixels, int, int]]
 
 
 @dataclass
-class InputSettings:
+class InputSettings(Checks):
     """Which images, and how they are brought to training."""
 
     dataset: str | None = setting(None, "Hub id, local folder or file; unset, photographs made into JPEGs for it")
@@ -63,11 +64,8 @@ class InputSettings:
 
     def validate(self) -> None:
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
-        for name in ("image_size", "batch_size", "batches", "repetitions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.crop_min_scale <= 1:
-            raise ValueError(f"crop_min_scale must lie in (0, 1], got {self.crop_min_scale}.")
+        self._validate_at_least(1, "image_size", "batch_size", "batches", "repetitions")
+        self._validate_share("crop_min_scale", zero=False)
         if len(self.jpeg_size) != 2 or min(self.jpeg_size) < 1:
             raise ValueError(f"jpeg_size takes width and height, got {self.jpeg_size}.")
         if not self.num_workers or min(self.num_workers) < 0 or max(self.num_workers) > self.batch_size:

@@ -43,8 +43,7 @@ class LoopSettings(BatchSettings):
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
         super().validate()
         self._validate_sizes("num_workers", least=0)
-        if self.logging_steps < 1:
-            raise ValueError(f"logging_steps must be at least 1, got {self.logging_steps}.")
+        self._validate_at_least(1, "logging_steps")
 
     def run_flags(self, images: int, num_workers: int) -> list[str]:
         """Flags of `training.pretrain` for the same step; it is made so many times as the log's entries take."""

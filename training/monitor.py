@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 import time
 from functools import cache
 from importlib.metadata import version
@@ -97,6 +98,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         product[0, 0].item()
         peak = max(peak, at_once * 2 * side**3 / (time.perf_counter() - start))
     return peak
+
+
+def usable_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def provenance() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from modeling_micl import MiclConfig
-from training.arithmetic import large_matmul
+from training.arithmetic import DTYPES, large_matmul
 from training.config import setting
 from training.cost_settings import MIB, VIT_SIZES, CostSettings, Entry, VitSettings
 from training.plain_step import PlainStep, contrastive_loss, micl_model, pretraining_optimizer, random_pixels
@@ -53,7 +53,7 @@ class PhaseSettings(CostSettings):
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
         super().validate()
         self._validate_words("sizes", list(VIT_SIZES))
-        self._validate_words("precisions", ["fp32", "bf16"])
+        self._validate_words("precisions", list(DTYPES))
         if not self.mask_ratios:
             raise ValueError("mask_ratios is empty: give at least one.")
         for size, mask_ratio in product(self.sizes, self.mask_ratios):

@@ -6,7 +6,6 @@ The same command again goes on after an interruption with the shards that are mi
 `--dataset`, for `datasets.load_dataset` and for `hf upload`.
 """
 
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from training.config import DataSettings, setting
+from training.monitor import usable_cores
 from training.parser import parse_settings
 from training.parts import About
 from training.prepared_card import SKIPPED, Record, describe, difference_in_words, read_record
@@ -23,7 +23,7 @@ from training.shards import about_split, edges_of_shards, missing_shards, prepar
 from training.source import ImageSource, open_split
 
 
-CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+CORES = usable_cores()
 SPLIT = re.compile(r"\w+(\.\w+)*")  # what the layout of the Hub can tell in a file's name
 
 

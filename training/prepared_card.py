@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training.disk import replace_file
+from training.markdown import markdown_table
 from training.monitor import provenance
 from training.parts import About
 from training.recoding import COMPARED_PIXELS
@@ -93,11 +94,11 @@ def card(record: Record) -> str:
     files = "".join(f"  - split: {split}\n    path: data/{split}-*\n" for split in splits)
     any_split = next(iter(splits.values()))
     columns = ("images", "skipped", "kept byte for byte", "resized", "bytes before", "after", "shards")
-    rows = [["split", *columns], ["---"] * (1 + len(columns))]
+    rows = []
     for split, entry in splits.items():
         names = ("images_out", "skipped", "kept", "resized", "bytes_before", "bytes_after", "num_shards")
         rows.append([split, *(f"{entry[name]:,}" for name in names)])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = markdown_table(["split", *columns], rows)
     differences = "\n".join(f"- {split}: {difference_in_words(entry)}." for split, entry in splits.items())
     return f"""---
 configs:

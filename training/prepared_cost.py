@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 from accelerate import Accelerator
 
+from training.checks import Checks
 from training.config import setting
+from training.cost_settings import Entry
 from training.images import decode_rgb, random_resized_crop
 from training.recoding import Recoding
 from training.shards import about_split, prepare_split
@@ -22,11 +24,10 @@ from training.source import ImageSource, open_source
 
 
 Stored = list[dict[str, Any]]  # undecoded `datasets.Image` values
-Entry = dict[str, Any]
 
 
 @dataclass
-class PreparedSettings:
+class PreparedSettings(Checks):
     """Which images, how small they are made, and the crop."""
 
     dataset: str = setting("ILSVRC/imagenet-1k", "Hub id, local folder or file, or 'photos' for the demonstration")
@@ -43,12 +44,8 @@ class PreparedSettings:
 
     def validate(self) -> None:
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
-        for name in ("max_images", "short_side", "quality", "image_size", "repetitions"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if not 0 < self.crop_min_scale <= 1:
-            raise ValueError(f"crop_min_scale must lie in (0, 1], got {self.crop_min_scale}.")
+        self._validate_at_least(1, "max_images", "short_side", "quality", "image_size", "repetitions")
+        self._validate_share("crop_min_scale", zero=False)
 
 
 def measure_prepared(_: Accelerator, config: PreparedSettings) -> list[Entry]:

@@ -1,7 +1,6 @@
 """The processes of a run: how they start, what they share out, and what is said when one of them is lost."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +12,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
 from training.config import TrainingSettings
+from training.monitor import usable_cores
 from training.peers import Peers
 from training.run import Run
 
@@ -56,11 +56,6 @@ def use_all_cores(accelerator: Accelerator) -> None:
     """On the CPU share out the cores: launchers leave a process one thread, however many there are."""
     if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
         torch.set_num_threads(max(1, usable_cores() // accelerator.num_processes))
-
-
-def usable_cores() -> int:
-    """Cores of this machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def cores_without_process(num_workers: int) -> int:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from accelerate import Accelerator
 from PIL import Image
 
+from training.checks import Checks
 from training.config import setting
 from training.data import TrainingBatches, TrainingOrder, batches
 from training.images import central_crop
@@ -28,7 +29,7 @@ from training.source import ImageSource, open_source
 
 
 @dataclass
-class ResumeSettings:
+class ResumeSettings(Checks):
     """How large the data are, and where training resumes."""
 
     images: int = setting(1_281_167, "rows of all files together")
@@ -45,9 +46,7 @@ class ResumeSettings:
 
     def validate(self) -> None:
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
-        for name in ("shards", "row_group_size", "global_batch_size", "shuffle_window", "repetitions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self._validate_at_least(1, "shards", "row_group_size", "global_batch_size", "shuffle_window", "repetitions")
         if self.images < max(self.shards, self.global_batch_size):
             raise ValueError(
                 f"images={self.images} do not fill a batch of {self.global_batch_size} or {self.shards} shards."

@@ -8,7 +8,14 @@ from accelerate import Accelerator
 from modeling_micl import MiclForPreTraining
 from modeling_micl.configuration_micl import height_and_width
 from training.config import PretrainConfig
-from training.features import BASELINES, Extractor, encoder_features, extract_features, with_centred_pixels
+from training.features import (
+    BASELINES,
+    Extractor,
+    LabelledFeatures,
+    encoder_features,
+    extract_features,
+    with_centred_pixels,
+)
 from training.judge import fit_probe, knn_accuracy
 from training.results import TRAINED, UNTRAINED, result, table
 from training.source import ImageSource
@@ -41,7 +48,11 @@ def frozen_scores(
     There are no accuracies if one of the splits has no labels.
     """
     train, test = (extract_features(accelerator, split, extractors, size, max_images, num_workers) for split in splits)
-    train, test = with_centred_pixels(train, test)
+    return score_features(*with_centred_pixels(train, test), with_probe)
+
+
+def score_features(train: LabelledFeatures, test: LabelledFeatures, with_probe: bool) -> FrozenScores:
+    """As `frozen_scores`, of features that are there already."""
     scores = FrozenScores({}, {}, len(train.labels), len(test.labels))
     for name in train.features if len(train.labels) and len(test.labels) else ():
         votes, queries = train.features[name], test.features[name]

@@ -18,9 +18,10 @@ from training.features import (
     normalize_pixels,
     with_centred_pixels,
 )
-from training.judge import FAST, fit_probe, knn_accuracy
+from training.judge import FAST
 from training.processes import use_all_cores
 from training.results import add_results, read_evaluation, result
+from training.scores import score_features
 from training.source import open_split
 from training.study_plan import PlannedRun
 
@@ -50,16 +51,8 @@ def split_pooled(found: LabelledFeatures) -> LabelledFeatures:
 
 def scores_of(train: LabelledFeatures, test: LabelledFeatures) -> Scores:
     """Top-1 accuracies in [0, 1] of each kind of features."""
-    found: Scores = {}
-    for name, votes in train.features.items():
-        queries = test.features[name]
-        probe = fit_probe(votes, train.labels, int(train.labels.max()) + 1)
-        right = probe.scores(queries).argmax(dim=1) == test.labels
-        found[name] = {
-            "knn": knn_accuracy(votes, train.labels, queries, test.labels),
-            "probe": float(right.float().mean()),
-        }
-    return found
+    scores = score_features(train, test, with_probe=True)
+    return {name: {"knn": scores.knn[name], "probe": scores.probe[name]} for name in scores.knn}
 
 
 def judge_run(run: PlannedRun, images: int) -> None:

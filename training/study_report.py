@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from training.markdown import markdown_table
 from training.study_settings import BUDGETS
 
 
@@ -100,12 +101,6 @@ def plus_minus(value: float, error: float, sign: str) -> str:
     return f"{value:{sign}.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def render(records: list[Record]) -> str:
     """RESULTS.md."""
     return "\n".join([HEAD, *(section(record) for record in records)])
@@ -162,7 +157,7 @@ def factor_table(scores: Scores, name: str, points: dict[str, str]) -> str:
             row += [scores.mean(point, column), scores.difference(point, centre, column)]
         rows.append(row + costs(scores, point))
     head = [name, *(cell for title in COLUMNS.values() for cell in (title, "difference")), *COSTS]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 COSTS = ["loss / guessing", "views found", "images", "GFLOP", "seconds"]
@@ -194,13 +189,13 @@ def grid_table(scores: Scores, name: str, cells: list[Record]) -> str:
         rows = {cell["values"][down]: [cell["values"][down]] for cell in cells}
         for cell in cells:
             rows[cell["values"][down]].append(scores.mean(cell["point"], ("cls", "knn")))
-        return f"{name}: kNN, [CLS]\n\n" + table([f"{down} \\ {across}", *columns], list(rows.values()))
+        return f"{name}: kNN, [CLS]\n\n" + markdown_table([f"{down} \\ {across}", *columns], list(rows.values()))
     rows_of_cells = [
         [*cell["values"].values(), *(scores.mean(cell["point"], column) for column in COLUMNS)]
         + costs(scores, cell["point"])
         for cell in cells
     ]
-    return f"{name}\n\n" + table([*factors, *COLUMNS.values(), *COSTS], rows_of_cells)
+    return f"{name}\n\n" + markdown_table([*factors, *COLUMNS.values(), *COSTS], rows_of_cells)
 
 
 def trials_table(record: Record) -> str:
@@ -220,7 +215,7 @@ def trials_table(record: Record) -> str:
         ]
         rows.append(row + costs(choosing, point)[2:])
     head = ["method", "trials", "chosen", "features", "kNN, held out", "kNN, test", "probe, test", *COSTS[2:]]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def varied(cells: list[Record]) -> set[str]:
@@ -236,7 +231,7 @@ def references_table(record: Record) -> str:
             [NAMES.get(name, name), split, f"{100 * values['knn']:.1f}", f"{100 * values['probe']:.1f}"]
             for name, values in found.items()
         ]
-    return table(["without training", "split", "kNN", "probe"], rows)
+    return markdown_table(["without training", "split", "kNN", "probe"], rows)
 
 
 def final_line(record: Record) -> str:

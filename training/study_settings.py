@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from training.checks import Checks
 from training.comparison import METHODS, ComparisonConfig
 from training.config import setting
 from training.parser import parse_settings
@@ -19,7 +20,7 @@ Combination = tuple[dict[str, str], Changes]
 
 
 @dataclass
-class StudySettings:
+class StudySettings(Checks):
     """One question: which settings to vary, around which recipe, at which equal budget, and how to judge."""
 
     question: str = setting("", "what the study asks, in a sentence")
@@ -75,8 +76,7 @@ class StudySettings:
         if len(self.budget()) != 1:
             raise ValueError(f"A study has one budget of {', '.join(BUDGETS)}, got {self.budget() or 'none'}.")
         for name, least in (("held_out", 2), ("judge_images", 10), ("jobs", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+            self._validate_at_least(least, name)
         if not self.seeds or set(self.seeds) & set(self.final_seeds):
             raise ValueError(
                 f"seeds={self.seeds} choose and final_seeds={self.final_seeds} confirm: there must be some of the "

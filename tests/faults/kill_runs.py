@@ -33,6 +33,7 @@ from tests.faults.starts import MODULE, Start, start_command, start_forks
 from tests.training.run_folder import course, same_weights
 from training.checkpoint import find_defect
 from training.config import setting
+from training.markdown import markdown_table
 from training.monitor import provenance
 from training.parser import parse_settings
 
@@ -256,9 +257,8 @@ def begins_at(printed: str) -> int | None:
 def table(results: list[Found]) -> str:
     """What was found, a row for each kind of run."""
     columns = [name for name in asdict(results[0]) if name not in ("kills_of", "seconds")]
-    rows = [[name.replace("_", " ") for name in columns], ["---"] * len(columns)]
-    rows += [[str(getattr(found, name)) for name in columns] for found in results]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[str(getattr(found, name)) for name in columns] for found in results]
+    return markdown_table([name.replace("_", " ") for name in columns], rows)
 
 
 def write(config: KillSettings, results: list[Found]) -> None:
