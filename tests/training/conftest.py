@@ -6,6 +6,7 @@ import logging
 import signal
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,20 @@ def run_pretraining(no_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> Ca
         return Path(config.output_dir)
 
     return run
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """With source/, 33 images of which two are broken, for training.prepare."""
+    from prepared import write_split  # which needs this file's pictures
+
+    write_split(tmp_path / "source")
+    return tmp_path
+
+
+@pytest.fixture
+def run_prepare(workplace: Path) -> Callable[..., Path]:
+    """Run training.prepare in this process; keywords replace single settings. Returns the prepared dataset."""
+    from prepared import run
+
+    return partial(run, workplace)

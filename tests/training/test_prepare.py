@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hub_client import upload
 from hub_server import HubServer
 from huggingface_hub import DatasetCard
 from PIL import Image
-from prepared import BROKEN, MASK, SMALL, SOUND, contents, run, settings, shard_names, stored, undecoded, write_split
+from prepared import BROKEN, MASK, SMALL, SOUND, contents, settings, shard_names, stored, undecoded, write_split
 from source_rows import all_rows
 
 from training import shards
@@ -23,19 +22,6 @@ from training.source import open_source, open_split
 
 
 Run = Callable[..., Path]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """With source/, 33 images of which two are broken."""
-    write_split(tmp_path / "source")
-    return tmp_path
-
-
-@pytest.fixture
-def run_prepare(folder: Path) -> Run:
-    """Run the program in this process; keywords replace single settings. Returns the prepared dataset."""
-    return partial(run, folder)
 
 
 def test_the_datasets_library_reads_the_same_rows_with_smaller_images(run_prepare: Run) -> None:
@@ -79,9 +65,9 @@ def test_training_reads_it_from_any_row_on(run_prepare: Run, monkeypatch: pytest
     assert found == [f"picture-{number}.img" for number in SOUND[11:14]]
 
 
-def test_several_splits_go_into_one_folder_at_once_or_later(folder: Path, run_prepare: Run) -> None:
+def test_several_splits_go_into_one_folder_at_once_or_later(workplace: Path, run_prepare: Run) -> None:
     for number, split in enumerate(("validation", "test"), 1):
-        write_split(folder / "source", split, lengths=(10,), first=100 * number)
+        write_split(workplace / "source", split, lengths=(10,), first=100 * number)
     out = run_prepare(split=["train", "validation"])
     before = contents(out)
     run_prepare(split=["test"], num_shards=2)
@@ -98,11 +84,11 @@ def test_several_splits_go_into_one_folder_at_once_or_later(folder: Path, run_pr
 
 @pytest.mark.parametrize("dataset", ["write_image_folder", "write_tars", "streamed_folder", "one_file"])
 def test_every_kind_of_dataset_can_be_prepared(
-    dataset: str, folder: Path, run_prepare: Run, request: pytest.FixtureRequest
+    dataset: str, workplace: Path, run_prepare: Run, request: pytest.FixtureRequest
 ) -> None:
     options: dict[str, Any] = {"num_shards": 2}
     if dataset == "one_file":
-        options["dataset"] = str(folder / "source" / "data" / "train-00000-of-00002.parquet")
+        options["dataset"] = str(workplace / "source" / "data" / "train-00000-of-00002.parquet")
     elif dataset == "write_tars":
         options |= {"dataset": str(request.getfixturevalue(dataset)(5, 4)), "label_column": "cls"}
     else:
@@ -120,15 +106,15 @@ def test_every_kind_of_dataset_can_be_prepared(
     names = [Path(source.image_of(row)["path"]).name for row in expected]
     assert [prepared.image_of(row)["path"] for row in rows] == names
     assert "__url__" not in prepared.columns
-    assert not [name for name, content in contents(out).items() if str(folder).encode() in content]
+    assert not [name for name, content in contents(out).items() if str(workplace).encode() in content]
 
 
 def test_a_stream_from_the_hub_gives_what_the_local_folder_gives_and_the_result_can_be_uploaded(
-    hub: HubServer, folder: Path, run_prepare: Run
+    hub: HubServer, workplace: Path, run_prepare: Run
 ) -> None:
-    upload(hub, folder / "source", "datasets/me/pictures", private=True)
+    upload(hub, workplace / "source", "datasets/me/pictures", private=True)
     local = run_prepare()
-    out = run_prepare(dataset="me/pictures", output_dir=str(folder / "streamed"), num_workers=1)
+    out = run_prepare(dataset="me/pictures", output_dir=str(workplace / "streamed"), num_workers=1)
     assert undecoded(out).to_list() == undecoded(local).to_list()
     assert json.loads((out / "prepare.json").read_text())["splits"]["train"]["dataset"] == "me/pictures"
     upload(hub, out, "datasets/me/small")
@@ -136,9 +122,9 @@ def test_a_stream_from_the_hub_gives_what_the_local_folder_gives_and_the_result_
     assert [row["image"] for row in all_rows(again)] == undecoded(local)["image"][:]
 
 
-def test_a_shard_of_nothing_but_broken_images_can_be_read_too(run_prepare: Run, folder: Path) -> None:
-    write_split(folder / "few", lengths=(4,))
-    out = run_prepare(dataset=str(folder / "few"))
+def test_a_shard_of_nothing_but_broken_images_can_be_read_too(run_prepare: Run, workplace: Path) -> None:
+    write_split(workplace / "few", lengths=(4,))
+    out = run_prepare(dataset=str(workplace / "few"))
     assert len(shard_names(out)) == 4
     for streaming in (True, False):
         rows = datasets.load_dataset(str(out), split="train", streaming=streaming).select_columns("caption")
@@ -162,16 +148,16 @@ def test_a_part_of_the_images_for_a_quick_look(run_prepare: Run) -> None:
         ({"split": []}, "split takes one name or several different ones"),
         ({"split": ["train", "train"]}, "split takes one name or several different ones"),
         ({"split": ["train[:10%]"]}, "split='train\\[:10%\\]' is no name of a whole split: use --max_images"),
-        ({"output_dir": "{folder}/source/small"}, "lies in dataset=.* choose another --output_dir"),
-        ({"output_dir": "{folder}/source/data/train-00000-of-00002.parquet"}, "is a file: name a folder"),
+        ({"output_dir": "{workplace}/source/small"}, "lies in dataset=.* choose another --output_dir"),
+        ({"output_dir": "{workplace}/source/data/train-00000-of-00002.parquet"}, "is a file: name a folder"),
     ],
     ids=str,
 )
-def test_impossible_settings_are_refused(wrong: dict[str, Any], words: str, folder: Path) -> None:
+def test_impossible_settings_are_refused(wrong: dict[str, Any], words: str, workplace: Path) -> None:
     if isinstance(wrong.get("output_dir"), str):
-        wrong = {"output_dir": wrong["output_dir"].format(folder=folder)}
+        wrong = {"output_dir": wrong["output_dir"].format(workplace=workplace)}
     with pytest.raises(ValueError, match=words):
-        settings(folder, **wrong)
+        settings(workplace, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +166,8 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any], words: str, fold
     ids=str,
 )
 def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(
-    wrong: dict[str, Any], words: str, folder: Path, run_prepare: Run
+    wrong: dict[str, Any], words: str, workplace: Path, run_prepare: Run
 ) -> None:
     with pytest.raises(ValueError, match=words):
         run_prepare(**wrong)
-    assert not (folder / "out").exists()
+    assert not (workplace / "out").exists()

@@ -3,12 +3,11 @@
 import json
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared import BROKEN, SOUND, run, stored, undecoded, write_split
+from prepared import BROKEN, SOUND, stored, undecoded
 
 from training.images import central_crop, decode_rgb
 from training.source import open_source
@@ -17,27 +16,14 @@ from training.source import open_source
 Run = Callable[..., Path]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """With source/, 33 images of which two are broken."""
-    write_split(tmp_path / "source")
-    return tmp_path
-
-
-@pytest.fixture
-def run_prepare(folder: Path) -> Run:
-    """Run the program in this process; keywords replace single settings. Returns the prepared dataset."""
-    return partial(run, folder)
-
-
-def test_the_record_counts_and_measures(folder: Path, run_prepare: Run) -> None:
+def test_the_record_counts_and_measures(workplace: Path, run_prepare: Run) -> None:
     out = run_prepare(quality=50)
     record = json.loads((out / "prepare.json").read_text())
     entry = record["splits"]["train"]
     before = {number: len(stored(number)) for number in SOUND}
     rows = undecoded(out)
     expected = {
-        **{"dataset": "source", "split": "train", "fingerprint": open_source(str(folder / "source")).fingerprint},
+        **{"dataset": "source", "split": "train", "fingerprint": open_source(str(workplace / "source")).fingerprint},
         **{"num_images": 33, "images_in": 33, "images_out": 31, "skipped": 2, "num_shards": 4, "max_images": None},
         **{"kept": sum(n % 4 >= 2 for n in SOUND), "resized": sum(n % 4 < 2 for n in SOUND)},
         **{"short_side": 24, "quality": 50, "chroma": "4:4:4", "bytes_before": sum(before.values())},

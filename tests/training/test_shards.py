@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from prepared import contents, run, settings, shard_names, write_split
+from prepared import contents, settings, shard_names, write_split
 from tqdm.auto import tqdm
 
 from training import prepare, shards
@@ -20,19 +20,6 @@ from training.source import open_source
 
 
 Run = Callable[..., Path]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """With source/, 33 images of which two are broken."""
-    write_split(tmp_path / "source")
-    return tmp_path
-
-
-@pytest.fixture
-def run_prepare(folder: Path) -> Run:
-    """Run the program in this process; keywords replace single settings. Returns the prepared dataset."""
-    return partial(run, folder)
 
 
 @pytest.fixture
@@ -58,9 +45,9 @@ def test_the_usual_number_of_shards_serves_all_readers(images: int, expected: in
 
 
 @pytest.fixture
-def whole(folder: Path, run_prepare: Run) -> dict[str, bytes]:
+def whole(workplace: Path, run_prepare: Run) -> dict[str, bytes]:
     """What an uninterrupted run writes."""
-    return contents(run_prepare(output_dir=str(folder / "whole")))
+    return contents(run_prepare(output_dir=str(workplace / "whole")))
 
 
 def test_workers_write_what_one_process_does(run_prepare: Run, whole: dict[str, bytes]) -> None:
@@ -69,10 +56,10 @@ def test_workers_write_what_one_process_does(run_prepare: Run, whole: dict[str, 
     assert not (out / ".unfinished").exists()
 
 
-def test_workers_share_the_shards(folder: Path) -> None:
-    source = open_source(str(folder / "source"), all_columns=True)
+def test_workers_share_the_shards(workplace: Path) -> None:
+    source = open_source(str(workplace / "source"), all_columns=True)
     done: list[int] = []
-    prepare_split(source, folder / "out", about_split(source, Recoding(24), 4), Recoding(24), 2, done.append)
+    prepare_split(source, workplace / "out", about_split(source, Recoding(24), 4), Recoding(24), 2, done.append)
     assert done == [8, 8, 8, 9]
 
 
@@ -94,9 +81,9 @@ def test_what_is_there_already_is_not_decoded_again(
 
 
 def test_a_killed_run_goes_on_while_its_workers_still_write(
-    folder: Path, run_prepare: Run, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    workplace: Path, run_prepare: Run, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, recode = folder / "out", Recoding.recode
+    out, recode = workplace / "out", Recoding.recode
 
     def slowly(self: Recoding, image: Any) -> Any:
         time.sleep(0.02)
@@ -106,7 +93,7 @@ def test_a_killed_run_goes_on_while_its_workers_still_write(
         patch.setattr(Recoding, "recode", slowly)
         # The lock of the progress bars is shared with forks: a killed one must not have it.
         patch.setattr(prepare, "tqdm", partial(tqdm, disable=True))
-        killed = get_context("fork").Process(target=prepare.main, args=(settings(folder, num_workers=2),))
+        killed = get_context("fork").Process(target=prepare.main, args=(settings(workplace, num_workers=2),))
         killed.start()
         deadline = time.monotonic() + 60
         while not list(out.glob(".unfinished/train-*")) and time.monotonic() < deadline:
@@ -120,10 +107,12 @@ def test_a_killed_run_goes_on_while_its_workers_still_write(
     assert contents(out) == whole
 
 
-def test_a_process_that_outlives_its_run_cannot_spoil_the_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_outlives_its_run_cannot_spoil_the_next(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards, "ROWS_PER_GROUP", 3)
-    source = open_source(str(folder / "source"), all_columns=True)
-    about, recoding, out = about_split(source, Recoding(24), 4), Recoding(24), folder / "out"
+    source = open_source(str(workplace / "source"), all_columns=True)
+    about, recoding, out = about_split(source, Recoding(24), 4), Recoding(24), workplace / "out"
     out.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: 1)
@@ -141,7 +130,7 @@ def test_a_process_that_outlives_its_run_cannot_spoil_the_next(folder: Path, mon
 
 
 def test_a_split_is_not_there_before_it_is_whole(
-    run_prepare: Run, whole: dict[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
+    run_prepare: Run, whole: dict[str, bytes], workplace: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
 ) -> None:
     rename, replace = Path.rename, Path.replace
     for method, original, times in (("replace", replace, 2), ("rename", rename, 2)):
@@ -158,16 +147,16 @@ def test_a_split_is_not_there_before_it_is_whole(
             patch.setattr(Path, method, die)
             with pytest.raises(KeyboardInterrupt):
                 run_prepare()
-        assert not list((folder / "out").rglob(".tmp-*"))
-        assert len(shard_names(folder / "out")) == (0 if method == "replace" else 2)
+        assert not list((workplace / "out").rglob(".tmp-*"))
+        assert len(shard_names(workplace / "out")) == (0 if method == "replace" else 2)
     assert len(decoded) == 33 + len(range(16, 24))  # the third shard twice
     assert contents(run_prepare()) == whole
 
 
 def test_what_another_split_has_got_so_far_stays(
-    folder: Path, run_prepare: Run, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, run_prepare: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_split(folder / "source", "test", lengths=(4,), first=100)
+    write_split(workplace / "source", "test", lengths=(4,), first=100)
     replace, counter = Path.replace, iter(range(100))
 
     def die(self: Path, target: Path) -> Path:
@@ -180,7 +169,7 @@ def test_what_another_split_has_got_so_far_stays(
         with pytest.raises(KeyboardInterrupt):
             run_prepare()
     run_prepare(split=["test"])
-    assert [path.name[:11] for path in sorted((folder / "out" / ".unfinished").iterdir())] == [
+    assert [path.name[:11] for path in sorted((workplace / "out" / ".unfinished").iterdir())] == [
         "train-00000",
         "train-00001",
     ]
@@ -188,7 +177,7 @@ def test_what_another_split_has_got_so_far_stays(
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_full_disk_is_told_and_harms_nothing(
-    num_workers: int, folder: Path, run_prepare: Run, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    num_workers: int, workplace: Path, run_prepare: Run, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_file = Path.open
 
@@ -199,10 +188,10 @@ def test_a_full_disk_is_told_and_harms_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_on_full_disk)
         with pytest.raises(
-            RuntimeError, match=f"{folder / 'out'} is full .*No space left.*: free some space, and run"
+            RuntimeError, match=f"{workplace / 'out'} is full .*No space left.*: free some space, and run"
         ):
             run_prepare(num_workers=num_workers)
-    assert sorted(contents(folder / "out")) == [f".unfinished/train-0000{n}-of-00004.parquet" for n in (0, 1)]
+    assert sorted(contents(workplace / "out")) == [f".unfinished/train-0000{n}-of-00004.parquet" for n in (0, 1)]
     assert contents(run_prepare()) == whole
 
 
@@ -229,21 +218,21 @@ def test_other_settings_are_refused_by_name_before_anything_is_decoded(
 
 
 def test_other_data_or_another_encoder_is_refused_but_not_another_name(
-    folder: Path, run_prepare: Run, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, run_prepare: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(run_prepare())
-    (folder / "source").rename(folder / "moved")
-    assert contents(run_prepare(dataset=str(folder / "moved"))) == before
+    (workplace / "source").rename(workplace / "moved")
+    assert contents(run_prepare(dataset=str(workplace / "moved"))) == before
     with monkeypatch.context() as patch:
         patch.setattr("training.recoding.pillow", "1.0")
         with pytest.raises(ValueError, match="encoder: 'Pillow .*' → 'Pillow 1.0, "):
-            run_prepare(dataset=str(folder / "moved"))
-    write_split(folder / "source", first=100)  # files of the same names and lengths
+            run_prepare(dataset=str(workplace / "moved"))
+    write_split(workplace / "source", first=100)  # files of the same names and lengths
     with pytest.raises(ValueError, match="version: "):
         run_prepare()
 
 
-def test_files_of_others_are_named_and_stay(folder: Path, run_prepare: Run) -> None:
+def test_files_of_others_are_named_and_stay(workplace: Path, run_prepare: Run) -> None:
     out = run_prepare()
     shard = out / "data" / "train-00002-of-00004.parquet"
     shard.write_bytes(b"PAR1")
