@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from training.images import Pixels, Transform, decode_rgb, to_pixels
+from training.shared_memory import PREFETCHED, ReusedMemory
 from training.skipped import SkippedImage, skipped_image
 from training.source import ImageSource, Row, first_rows
 from training.stream import StreamError
@@ -36,6 +37,8 @@ SECONDS_AFTER_SIGTERM = 20
 # attempts are stand-ins for when it is broken.
 Draw = Callable[[int], tuple[int, Row]]
 Item = TypeVar("Item")
+# Pixels, label and number
+DecodedImage = tuple[Pixels, int, int]
 
 
 @dataclass
@@ -65,8 +68,8 @@ class Batch:
 
 
 def concatenate(batches: list[Batch]) -> Batch:
-    """One batch of several, in their order."""
-    if len(batches) == 1:
+    """One batch of several, in their order, in memory of its own: that of workers is used again."""
+    if len(batches) == 1 and not batches[0].pixels.is_shared():
         return batches[0]
     pixels, labels, index = (_joined([getattr(b, n) for b in batches]) for n in ("pixels", "labels", "index"))
     return Batch(pixels, labels, index, [entry for batch in batches for entry in batch.broken])
@@ -180,10 +183,13 @@ class TrainingBatches(IterableDataset[Batch]):
         worker, workers = worker_number()
         size = self.last - self.first
         first, last = (self.first + part * size // workers for part in (worker, worker + 1))
+        memory = ReusedMemory()
         for step, draws in enumerate(self.order.draws(self.step, first, last), self.step):
-            yield self._decode(draws, step // self.order.steps_per_epoch)
+            images, broken = self._decode(draws, step // self.order.steps_per_epoch)
+            pixels, labels, index = zip(*images, strict=True)
+            yield Batch(memory.stack(pixels), torch.tensor(labels), torch.tensor(index), broken)
 
-    def _decode(self, draws: list[Draw], epoch: int) -> Batch:
+    def _decode(self, draws: list[Draw], epoch: int) -> tuple[list[DecodedImage], list[SkippedImage]]:
         source = self.order.source
         broken: list[SkippedImage] = []
         images = []
@@ -201,7 +207,7 @@ class TrainingBatches(IterableDataset[Batch]):
                 break
             else:
                 raise ValueError(f"{MAX_STAND_INS} images in a row cannot be decoded, the last: {broken[-1]}")
-        return _stack(images, broken)
+        return images, broken
 
 
 class EvaluationImages(IterableDataset[Batch]):
@@ -254,12 +260,18 @@ def decode(source: ImageSource, transform: Transform, rows: list[tuple[int, Row]
             images.append((to_pixels(image), source.label_of(row), index))
         except Exception as error:  # Pillow's plugins raise nearly anything
             broken.append(skipped_image(source, index, row, error))
-    return _stack(images, broken)
+    if not images:
+        return Batch(torch.empty(0, 0, 0, 3).byte(), torch.empty(0).long(), torch.empty(0).long(), broken)
+    pixels, labels, index = default_collate(images)  # in a worker straight into the memory that it shares
+    return Batch(pixels, labels, index, broken)
 
 
 def batches(dataset: IterableDataset[Batch], num_workers: int) -> Iterator[Batch]:
     """Run a dataset in worker processes; the workers' parts of a step are put together in order."""
-    parts = max(num_workers, 1) if isinstance(dataset, TrainingBatches) else 1
+    parts = 1
+    if isinstance(dataset, TrainingBatches):
+        num_workers = min(num_workers, dataset.last - dataset.first)
+        parts = max(num_workers, 1)
     loaded = run_in_workers(dataset, num_workers)
     while chunk := list(islice(loaded, parts)):
         yield concatenate(chunk)
@@ -273,7 +285,7 @@ def run_in_workers(dataset: IterableDataset[Item], num_workers: int) -> Iterator
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=PREFETCHED if num_workers else None,
     )
     for item in loader:
         if isinstance(item, StreamError):
@@ -311,10 +323,3 @@ def worker_number() -> tuple[int, int]:
     """This worker's number and how many there are."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
-
-
-def _stack(images: list[tuple[Pixels, int, int]], broken: list[SkippedImage]) -> Batch:
-    if not images:
-        return Batch(torch.empty(0, 0, 0, 3).byte(), torch.empty(0).long(), torch.empty(0).long(), broken)
-    pixels, labels, index = default_collate(images)  # in a worker straight into the memory that it shares
-    return Batch(pixels, labels, index, broken)

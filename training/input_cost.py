@@ -21,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import skimage.data
+import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 from torchvision.transforms.functional import InterpolationMode
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,6 +35,7 @@ from training.data import Batch, TrainingBatches, TrainingOrder, batches, concat
 from training.images import Pixels, decode_rgb, random_crop_box, random_resized_crop, to_pixels
 from training.monitor import usable_cores
 from training.photos import PHOTOS
+from training.shared_memory import ReusedMemory
 from training.source import ImageSource, Row, open_source
 from training.timing import per_image
 
@@ -103,9 +105,10 @@ class Ready(IterableDataset[Batch]):
         self.images = images
 
     def __iter__(self) -> Iterator[Batch]:
+        memory = ReusedMemory()
+        pixels, labels, index = zip(*self.images, strict=True)
         while True:
-            pixels, labels, index = default_collate(self.images)
-            yield Batch(pixels, labels, index, [])
+            yield Batch(memory.stack(pixels), torch.tensor(labels), torch.tensor(index), [])
 
 
 class InputCost:
@@ -190,7 +193,7 @@ class InputCost:
                 lambda: [self.transform(image, np.random.default_rng((0, n))) for n, image in enumerate(self.decoded)]
             ),
             "to arrays": lambda: self._repeated(lambda: [to_pixels(image) for image in self.cropped]),
-            "stack": lambda: self._repeated(lambda: default_collate(self.stacked)),
+            "stack": lambda: self._repeated(lambda: ReusedMemory().stack([image for image, _, _ in self.stacked])),
             "stack in a worker, send": self.send,
             "put two parts together": lambda: self._repeated(lambda: concatenate(self.parts)),
         }

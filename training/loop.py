@@ -68,7 +68,7 @@ def process_batches(run: Run, task: Task) -> Iterator[Batch]:
     transform = task.transform(height_and_width(run.unwrapped().config.image_size))
     number, used = divmod(run.progress.forwards, task.uses)
     places = TrainingBatches(order, transform, run.first_place, run.last_place, number)
-    decoded = batches(places, min(config.num_workers, run.plan.images_per_process))
+    decoded = batches(places, config.num_workers)
     return islice((batch for batch in decoded for _ in range(task.uses)), used, None)
 
 

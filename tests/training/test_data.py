@@ -231,9 +231,9 @@ def test_stand_ins_are_the_same_for_all_processes_and_workers(
 def test_leaving_broken_images_out_would_be_noticed(
     mended_and_broken: tuple[ImageSource, ImageSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leave_out(self: TrainingBatches, draws: list[data.Draw], epoch: int) -> Batch:
+    def leave_out(self: TrainingBatches, draws: list[data.Draw], epoch: int) -> tuple[list[data.DecodedImage], list]:
         rows = [(index, row) for index, row in (draw(0) for draw in draws) if index not in BROKEN]
-        return data._stack([(np.zeros((8, 8, 3), np.uint8), 0, index) for index, _ in rows], [])
+        return [(np.zeros((8, 8, 3), np.uint8), 0, index) for index, _ in rows], []
 
     monkeypatch.setattr(TrainingBatches, "_decode", leave_out)
     with pytest.raises(AssertionError):

@@ -1,17 +1,16 @@
 """What the input pipeline costs, as `training.benchmark` measures it, and that it does no work twice."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import IterableDataset
 
 from training import benchmark, data, input_cost
-from training.data import Batch, concatenate, run_in_workers
+from training.data import Batch, concatenate
 from training.images import decode_rgb
 from training.input_cost import BARE, InputCost, InputSettings, measure_source, photographs
 from training.source import open_source
@@ -95,18 +94,6 @@ def test_impossible_settings_are_refused(setting: dict[str, Any]) -> None:
 def test_too_few_images_are_refused(write_shards: Write) -> None:
     with pytest.raises(ValueError, match="batch_size=128 is more than the 10 images"):
         measure_source(open_source(str(write_shards(10))), InputSettings())
-
-
-class Shared(IterableDataset[bool]):
-    """Whether images that a worker stacks are in shared memory before they are sent."""
-
-    def __iter__(self) -> Iterator[bool]:
-        yield data._stack([(np.zeros((8, 8, 3), np.uint8), 0, 0)] * 3, []).pixels.is_shared()
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_worker_stacks_images_where_they_are_shared(workers: int) -> None:
-    assert list(run_in_workers(Shared(), workers)) == [workers == 1]
 
 
 @pytest.mark.parametrize("pinned", [False, True])
