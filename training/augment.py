@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN
 
-from training.data import Batch
+from training.batch import Batch
 from training.features import normalize_pixels
-from training.images import Transform, random_resized_crop
+from training.images import CropAndFlip, Transform
 
 
 # timm itself passes over parts of a policy that it does not know.
@@ -61,7 +61,7 @@ class Augmentation:
         Args:
             size: (height, width) of the result in pixels.
         """
-        crop = random_resized_crop(size, self.crop_min_scale, self.horizontal_flip)
+        crop = CropAndFlip(size, self.crop_min_scale, self.horizontal_flip)
         if self.rand_augment == "none":
             return crop
         settings = {

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from modeling_micl.configuration_micl import height_and_width
+from training.batch import Batch
 from training.checks import Checks
 from training.config import setting
-from training.data import Batch
 from training.evaluation import load_frozen
 from training.features import (
     Frozen,

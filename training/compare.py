@@ -82,6 +82,8 @@ def main(config: ComparisonConfig) -> None:
     accelerator = start_accelerator(config)
     if accelerator.num_processes > 1 or config.gradient_accumulation_steps > 1 or config.per_device_micro_batch_size:
         raise ValueError("training.compare runs in one process, and a batch in one pass: lower the batch size.")
+    if config.decode_on_gpu:
+        raise ValueError("decode_on_gpu=True is for training.pretrain alone: leave it out.")
     source = open_split(config, config.split, config.max_images)
     plan = make_plan(config, source.num_images, processes=1)
     set_seed(config.seed)

@@ -12,10 +12,10 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_micl import MiclConfig, MiclForImageClassification, MiclModel, micl_loss
 from modeling_micl.modeling_micl import sincos_position_embeddings
+from training.batch import Batch
 from training.config import PretrainConfig, setting
-from training.data import Batch
 from training.features import normalize_pixels
-from training.images import Transform, random_resized_crop, to_pixels
+from training.images import CropAndFlip, Transform, to_pixels
 from training.monitor import gigaflop_per_image, layers_gigaflop
 
 
@@ -153,7 +153,7 @@ def build_method(config: ComparisonConfig, num_labels: int) -> Method:
 
 def transform_of(config: ComparisonConfig, size: tuple[int, int]) -> Transform:
     """Crop and flip as the settings say; two crops side by side for SimCLR."""
-    crop = random_resized_crop(size, config.crop_min_scale, config.horizontal_flip)
+    crop = CropAndFlip(size, config.crop_min_scale, config.horizontal_flip)
 
     def two_crops(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         return Image.fromarray(np.concatenate([to_pixels(crop(image, rng)) for _ in range(2)], axis=1))

@@ -167,6 +167,9 @@ class PretrainConfig(TrainingSettings):
     mask_ratio: float = setting(0.9, "share of the patches that no view sees, in [0, 1)")
     num_views: int = setting(2, "disjoint views of each image, at least 2")
     views_per_decode: int = setting(1, "forward passes in a row that use each decoded batch, with new views each time")
+    decode_on_gpu: bool = setting(
+        False, "workers only read, and JPEGs are decoded and cropped on the GPU, a CUDA one; changes pixels a little"
+    )
     temperature: float = setting(0.07, "divides the similarities, > 0")
     kappa: float = setting(1 / 64, "concentration of the T-SP similarity, > -1/2")
     similarity: Literal["t-sp", "cosine"] = setting("t-sp", "similarity of two views")

@@ -7,7 +7,6 @@ processes nor that of workers changes it: they only share out the places of each
 import signal
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from typing import Any, TypeVar
@@ -15,14 +14,13 @@ from typing import Any, TypeVar
 import fsspec.asyn
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from training.images import Pixels, Transform, decode_rgb, to_pixels
+from training.batch import Batch, concatenate, stack
+from training.images import Transform, decode_rgb, to_pixels
 from training.shared_memory import PREFETCHED, ReusedMemory
 from training.skipped import SkippedImage, skipped_image
-from training.source import ImageSource, Row, first_rows
+from training.source import ImageSource, Row, evaluation_numbers
 from training.stream import StreamError
 
 
@@ -37,48 +35,6 @@ SECONDS_AFTER_SIGTERM = 20
 # attempts are stand-ins for when it is broken.
 Draw = Callable[[int], tuple[int, Row]]
 Item = TypeVar("Item")
-# Pixels, label and number
-DecodedImage = tuple[Pixels, int, int]
-
-
-@dataclass
-class Batch:
-    """Images for one step, or a worker's part of them.
-
-    Attributes:
-        pixels: (n, H, W, 3) uint8.
-        labels: (n,) int64, -1 where there is none.
-        index: (n,) int64, the images' numbers in the data.
-        broken: each image that could not be decoded.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    index: Tensor
-    broken: list[SkippedImage]
-
-    def to(self, device: torch.device) -> "Batch":
-        """Copy to a device, without waiting where memory is pinned."""
-        pixels, labels = self.pixels.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(pixels, labels, self.index, self.broken)
-
-    def pin_memory(self) -> "Batch":
-        """Called by the DataLoader."""
-        return Batch(self.pixels.pin_memory(), self.labels.pin_memory(), self.index, self.broken)
-
-
-def concatenate(batches: list[Batch]) -> Batch:
-    """One batch of several, in their order, in memory of its own: that of workers is used again."""
-    if len(batches) == 1 and not batches[0].pixels.is_shared():
-        return batches[0]
-    pixels, labels, index = (_joined([getattr(b, n) for b in batches]) for n in ("pixels", "labels", "index"))
-    return Batch(pixels, labels, index, [entry for batch in batches for entry in batch.broken])
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Pinned if the parts are: by itself `torch.cat` gives memory that a GPU must be waited for to copy from."""
-    shape, pinned = (sum(map(len, parts)), *parts[0].shape[1:]), parts[0].is_pinned()
-    return torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=pinned))
 
 
 class TrainingOrder:
@@ -178,18 +134,16 @@ class TrainingBatches(IterableDataset[Batch]):
 
     def __init__(self, order: TrainingOrder, transform: Transform, first: int, last: int, step: int = 0) -> None:
         self.order, self.transform, self.first, self.last, self.step = order, transform, first, last, step
+        self.memory = ReusedMemory()
 
     def __iter__(self) -> Iterator[Batch]:
         worker, workers = worker_number()
         size = self.last - self.first
         first, last = (self.first + part * size // workers for part in (worker, worker + 1))
-        memory = ReusedMemory()
         for step, draws in enumerate(self.order.draws(self.step, first, last), self.step):
-            images, broken = self._decode(draws, step // self.order.steps_per_epoch)
-            pixels, labels, index = zip(*images, strict=True)
-            yield Batch(memory.stack(pixels), torch.tensor(labels), torch.tensor(index), broken)
+            yield self._decode(draws, step // self.order.steps_per_epoch)
 
-    def _decode(self, draws: list[Draw], epoch: int) -> tuple[list[DecodedImage], list[SkippedImage]]:
+    def _decode(self, draws: list[Draw], epoch: int) -> Batch:
         source = self.order.source
         broken: list[SkippedImage] = []
         images = []
@@ -197,17 +151,27 @@ class TrainingBatches(IterableDataset[Batch]):
             for attempt in range(MAX_STAND_INS):
                 index, row = draw(attempt)
                 try:
-                    image = decode_rgb(source.image_of(row))
+                    crop = self.read(source.image_of(row))
                 except Exception as error:  # Pillow's plugins raise nearly anything
                     if attempt == 0:
                         broken.append(skipped_image(source, index, row, error))
                     continue
                 rng = np.random.default_rng((self.order.seed, epoch, index, attempt))
-                images.append((to_pixels(self.transform(image, rng)), source.label_of(row), index))
+                images.append((crop(rng), source.label_of(row), index))
                 break
             else:
                 raise ValueError(f"{MAX_STAND_INS} images in a row cannot be decoded, the last: {broken[-1]}")
-        return images, broken
+        return self.stack(images, broken)
+
+    def read(self, stored: dict[str, Any] | None) -> Callable[[np.random.Generator], Any]:
+        """Decode an image; returns what crops it."""
+        image = decode_rgb(stored)
+        return lambda rng: to_pixels(self.transform(image, rng))
+
+    def stack(self, images: list[tuple[Any, int, int]], broken: list[SkippedImage]) -> Batch:
+        """One batch of crops, labels and numbers."""
+        pixels, labels, index = zip(*images, strict=True)
+        return Batch(self.memory.stack(pixels), torch.tensor(labels), torch.tensor(index), broken)
 
 
 class EvaluationImages(IterableDataset[Batch]):
@@ -242,15 +206,6 @@ class EvaluationImages(IterableDataset[Batch]):
                 yield batch
 
 
-def evaluation_numbers(source: ImageSource, num_images: int) -> NDArray[np.int64]:
-    """Numbers of evenly spaced images where access is random, else the first of each shard in proportion."""
-    if source.random_access:
-        return np.arange(num_images) * source.num_images // num_images
-    begins = np.cumsum([0, *source.lengths])
-    shares = first_rows(source.lengths, num_images)
-    return np.concatenate([begin + np.arange(share) for begin, share in zip(begins, shares, strict=False)])
-
-
 def decode(source: ImageSource, transform: Transform, rows: list[tuple[int, Row]]) -> Batch:
     """Numbered rows to one batch; broken images are named and left out, so that it may have no images."""
     images, broken = [], []
@@ -260,10 +215,7 @@ def decode(source: ImageSource, transform: Transform, rows: list[tuple[int, Row]
             images.append((to_pixels(image), source.label_of(row), index))
         except Exception as error:  # Pillow's plugins raise nearly anything
             broken.append(skipped_image(source, index, row, error))
-    if not images:
-        return Batch(torch.empty(0, 0, 0, 3).byte(), torch.empty(0).long(), torch.empty(0).long(), broken)
-    pixels, labels, index = default_collate(images)  # in a worker straight into the memory that it shares
-    return Batch(pixels, labels, index, broken)
+    return stack(images, broken)
 
 
 def batches(dataset: IterableDataset[Batch], num_workers: int) -> Iterator[Batch]:

@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from training.collection import Encoder
 from training.config import setting
-from training.data import evaluation_numbers, run_in_workers
+from training.data import run_in_workers
 from training.evaluation import EvaluationSettings, start_evaluation
 from training.images import central_crop
 from training.parser import parse_settings
 from training.parts import Part, PartImages, finished_parts, part_name, read_facts, schema_of, share_of, write_part
-from training.source import ImageSource, open_split
+from training.source import ImageSource, evaluation_numbers, open_split
 
 
 NAMED = 20  # broken images that are named at the end

@@ -22,7 +22,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import cached_file
 
 from modeling_micl import MiclForImageClassification, MiclModel
-from training.data import Batch, EvaluationImages, batches
+from training.batch import Batch
+from training.data import EvaluationImages, batches
 from training.disk import replace_file
 from training.images import central_crop
 from training.skipped import SkippedImage

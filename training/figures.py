@@ -14,7 +14,8 @@ from torch.nn.functional import normalize, pad
 
 from modeling_micl import MiclForPreTraining
 from modeling_micl.configuration_micl import height_and_width
-from training.data import Batch, EvaluationImages, batches
+from training.batch import Batch
+from training.data import EvaluationImages, batches
 from training.features import normalize_pixels
 from training.images import central_crop
 from training.source import ImageSource

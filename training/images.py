@@ -4,6 +4,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ MAX_PIXELS = 2**27
 TOO_LARGE = f"the image has more than {MAX_PIXELS:,} pixels"
 
 Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 Transform = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -61,26 +63,33 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
-def random_resized_crop(size: tuple[int, int], min_scale: float, horizontal_flip: bool) -> Transform:
+@dataclass(frozen=True)
+class CropAndFlip:
     """The pre-training transform of the released program: RandomResizedCrop, bicubic, then horizontal flip.
 
-    Args:
+    Attributes:
         size: (height, width) of the result in pixels.
         min_scale: smallest share of the image's area that a crop covers; 1 takes the whole image.
         horizontal_flip: whether to mirror every other crop.
     """
 
-    def transform(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        box = (0, 0, *image.size) if min_scale == 1 else random_crop_box(*image.size, min_scale, rng)
-        crop = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
-        if horizontal_flip and rng.random() < 0.5:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return crop
+    size: tuple[int, int]
+    min_scale: float
+    horizontal_flip: bool
 
-    return transform
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> tuple[Box, bool]:
+        """The box to crop from an image of this size, and whether to mirror it then."""
+        box = (0, 0, width, height) if self.min_scale == 1 else random_crop_box(width, height, self.min_scale, rng)
+        return box, self.horizontal_flip and rng.random() < 0.5
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """The crop of an image."""
+        box, flip = self.draw(*image.size, rng)
+        crop = image.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC, box=box)
+        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
 
 
-def random_crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def random_crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator) -> Box:
     """Box (left, top, right, bottom) of an Inception crop.
 
     Its share of the area is uniform in [min_scale, 1], its aspect log-uniform in [3/4, 4/3]. After ten boxes that do

@@ -2,7 +2,7 @@
 
 The measure is a plain loop on one core that decodes, crops and resizes images in memory, and does nothing else. What
 training does beside that (reading, upright and 8-bit RGB, stacking, worker processes) should cost little. Everything
-is timed in the same process and interleaved; rates are those of one core.
+is timed in the same process and interleaved; rates are those of one core, but that of decoding on a GPU.
 """
 
 import io
@@ -29,10 +29,13 @@ from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Ran
 from torchvision.transforms.functional import InterpolationMode
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from training.batch import Batch, concatenate
 from training.checks import Checks
 from training.config import setting
-from training.data import Batch, TrainingBatches, TrainingOrder, batches, concatenate, run_in_workers
-from training.images import Pixels, decode_rgb, random_crop_box, random_resized_crop, to_pixels
+from training.data import TrainingBatches, TrainingOrder, batches, run_in_workers
+from training.device_decoding import decode_on_device
+from training.encoded import EncodedBatches
+from training.images import CropAndFlip, Pixels, decode_rgb, random_crop_box, to_pixels
 from training.monitor import usable_cores
 from training.photos import PHOTOS
 from training.shared_memory import ReusedMemory
@@ -43,6 +46,7 @@ from training.timing import per_image
 CORES = usable_cores()
 DISTINCT, ROWS_PER_SHARD, ROW_GROUP = 128, 1024, 100
 BARE, CHAIN = "plain loop: decode, crop", "torchvision's transforms"
+ON_DEVICE = "decoded on the GPU (whole program)"
 Stacked = list[tuple[Pixels, int, int]]
 
 
@@ -123,7 +127,7 @@ class InputCost:
         self.source, self.config = source, config
         self.images = config.batches * config.batch_size
         self.size = (config.image_size, config.image_size)
-        self.transform = random_resized_crop(self.size, config.crop_min_scale, horizontal_flip=True)
+        self.transform = CropAndFlip(self.size, config.crop_min_scale, horizontal_flip=True)
         self.rows_without_end = self._rows()
         self.rows = list(islice(self.rows_without_end, self.images))
         self.decoded = [decode_rgb(source.image_of(row)) for row in self.rows[: config.batch_size]]
@@ -161,9 +165,16 @@ class InputCost:
 
     def loop(self, workers: int) -> float:
         """Our batches, once the first has come."""
+        return self._seconds(self._loaded(TrainingBatches, workers))
+
+    def on_device(self, device: torch.device) -> float:
+        """Our batches, read by as many workers as are asked for at most, decoded and cropped by a device."""
+        loaded = self._loaded(EncodedBatches, max(self.config.num_workers))
+        return self._seconds(decode_on_device(batch, self.size, device, self.source) for batch in loaded)
+
+    def _loaded(self, kind: type[TrainingBatches], workers: int) -> Iterator[Batch]:
         order = TrainingOrder(self.source, self.config.batch_size, seed=0, window=16)  # so that reading spreads evenly
-        loaded = batches(TrainingBatches(order, self.transform, 0, self.config.batch_size), workers)
-        return self._seconds(loaded)
+        return batches(kind(order, self.transform, 0, self.config.batch_size), workers)
 
     def send(self) -> float:
         """Ready batches, stacked by a worker, as they come to this process."""
@@ -199,16 +210,23 @@ class InputCost:
         }
 
 
-def measure_input(_: Accelerator, config: InputSettings) -> list[dict[str, Any]]:
-    """Milliseconds per image of the plain loop, the textbook's transforms, our batches, and each stage of these."""
+def measure_input(accelerator: Accelerator, config: InputSettings) -> list[dict[str, Any]]:
+    """Milliseconds per image of the plain loop, the textbook's transforms, our batches, and each stage of these.
+
+    Where there is a CUDA GPU, also of our batches decoded by that.
+    """
+    device = accelerator.device if accelerator.device.type == "cuda" else None
     if config.dataset is not None:
-        return measure_source(open_source(config.dataset, config.split, image_column=config.image_column), config)
+        source = open_source(config.dataset, config.split, image_column=config.image_column)
+        return measure_source(source, config, device)
     with photographs(*config.jpeg_size) as folder:
-        return measure_source(open_source(str(folder)), config)
+        return measure_source(open_source(str(folder)), config, device)
 
 
-def measure_source(source: ImageSource, config: InputSettings) -> list[dict[str, Any]]:
-    """As `measure_input`, on an opened source.
+def measure_source(
+    source: ImageSource, config: InputSettings, device: torch.device | None = None
+) -> list[dict[str, Any]]:
+    """As `measure_input`, on an opened source, and a device that decodes if there is one.
 
     Raises:
         ValueError: if it does not fill a batch.
@@ -220,6 +238,9 @@ def measure_source(source: ImageSource, config: InputSettings) -> list[dict[str,
         f"our batches, {n} workers": n for n in config.num_workers
     }
     works: list[Callable[[], float]] = [cost.bare, cost.chain, *(partial(cost.loop, n) for n in config.num_workers)]
+    if device is not None:
+        workers[ON_DEVICE] = None  # its rate is not that of a core
+        works.append(partial(cost.on_device, device))
     everything = dict(zip(workers, works, strict=True)) | cost.stages()
     seconds: dict[str, list[float]] = {name: [] for name in everything}
     for number in range(1 + config.repetitions):  # one to warm up

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from training.agreement import Told
 from training.alarms import Alarm, InputAlarm, SpikeAlarm
-from training.data import Batch
+from training.batch import Batch
 from training.disk import without_stopping
 from training.log_files import Met, MetricsLog, SkippedLog
 from training.monitor import matmul_peak

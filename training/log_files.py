@@ -77,7 +77,7 @@ class SkippedLog:
             self.known.add(image.index)
             self.file.write({"step": step, "epoch": epoch} | asdict(image))
             if len(self.known) <= NAMED:
-                texts.append(f"skipped a broken image, another takes its place: {image}")
+                texts.append(f"skipped a broken image: {image}")
             elif len(self.known) == NAMED + 1:
                 texts.append(f"more broken images are named in {self.file.path} only")
         return texts

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 
@@ -12,7 +12,10 @@ from transformers.modeling_outputs import ModelOutput
 
 from modeling_micl.configuration_micl import height_and_width
 from training.agreement import Agreement
-from training.data import Batch, TrainingBatches, TrainingOrder, batches
+from training.batch import Batch
+from training.data import TrainingBatches, TrainingOrder, batches
+from training.device_decoding import decode_on_device
+from training.encoded import EncodedBatches
 from training.images import Transform
 from training.log import Logger
 from training.optim import set_learning_rate
@@ -30,10 +33,11 @@ class Task(ABC):
         eval_epochs: epochs between evaluations; 0 for none.
         uses: forward passes in a row that each decoded batch is for. An epoch has as many passes as before, so that
             it decodes this part of the images, and each of them counts in it so many times.
+        decode_on_device: have JPEGs decoded by the device; `transform` must be a `CropAndFlip` then.
     """
 
-    def __init__(self, run: Run, eval_epochs: int, uses: int = 1) -> None:
-        self.run, self.eval_epochs, self.uses = run, eval_epochs, uses
+    def __init__(self, run: Run, eval_epochs: int, uses: int = 1, decode_on_device: bool = False) -> None:
+        self.run, self.eval_epochs, self.uses, self.decode_on_device = run, eval_epochs, uses, decode_on_device
 
     @abstractmethod
     def transform(self, size: tuple[int, int]) -> Transform:
@@ -41,7 +45,7 @@ class Task(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> ModelOutput:
-        """The model's output, with its loss, on this process's part of a global batch, which is on the CPU still."""
+        """The model's output, with its loss, on this process's part of a global batch; the CPU may still hold that."""
 
     def forward_backward(self, batch: Batch) -> ModelOutput:
         """As `forward`, and add the loss's gradient to the parameters."""
@@ -61,14 +65,23 @@ class Task(ABC):
         """What else to do on every process when a checkpoint has been written and training goes on."""
 
 
-def process_batches(run: Run, task: Task) -> Iterator[Batch]:
-    """This process's part of every global batch, from where the run stands, without end."""
-    config = run.config
+def process_batches(run: Run, task: Task, timed: Callable[[Iterator[Batch]], Iterator[Batch]]) -> Iterator[Batch]:
+    """This process's part of every global batch, from where the run stands, without end.
+
+    Args:
+        run: the run.
+        task: what the batches are for.
+        timed: passes on what comes from the workers, and takes the time; the device's own decoding is no waiting.
+    """
+    config, device = run.config, run.accelerator.device
     order = TrainingOrder(run.source, run.plan.forward_images, config.seed, config.shuffle_window)
-    transform = task.transform(height_and_width(run.unwrapped().config.image_size))
+    size = height_and_width(run.unwrapped().config.image_size)
     number, used = divmod(run.progress.forwards, task.uses)
-    places = TrainingBatches(order, transform, run.first_place, run.last_place, number)
-    decoded = batches(places, config.num_workers)
+    kind = EncodedBatches if task.decode_on_device else TrainingBatches
+    places = kind(order, task.transform(size), run.first_place, run.last_place, number)
+    decoded = timed(batches(places, config.num_workers))
+    if task.decode_on_device:
+        decoded = (decode_on_device(batch, size, device, run.source) for batch in decoded)
     return islice((batch for batch in decoded for _ in range(task.uses)), used, None)
 
 
@@ -137,8 +150,8 @@ def train(run: Run, task: Task, log: Logger, stop: StopRequest) -> bool:
     if eval_every and progress.step % eval_every == 0 and progress.step < total_steps and not log.evaluated():
         evaluate(run, task, log, stop, saved=True)
     agreement = Agreement(accelerator)
-    batches_left = process_batches(run, task) if progress.step < total_steps else iter(())
-    for batch in keep_before_failing(run, log, agreement, log.timed(batches_left)):
+    batches_left = process_batches(run, task, log.timed) if progress.step < total_steps else iter(())
+    for batch in keep_before_failing(run, log, agreement, batches_left):
         step = progress.step + 1  # the one that this pass belongs to
         evaluation_due = bool(eval_every) and step % eval_every == 0 and step < total_steps
         save_due = step % config.save_steps == 0 or evaluation_due or step == total_steps

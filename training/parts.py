@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from training.data import Batch, decode, worker_number
+from training.batch import Batch
+from training.data import decode, worker_number
 from training.disk import replace_file
 from training.images import Transform
 from training.monitor import provenance

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from training.checks import Checks
 from training.config import setting
 from training.cost_settings import Entry
-from training.images import decode_rgb, random_resized_crop
+from training.images import CropAndFlip, decode_rgb
 from training.recoding import Recoding
 from training.shards import about_split, prepare_split
 from training.source import ImageSource, open_source
@@ -97,7 +97,7 @@ def decode_rates(kinds: dict[str, Stored], size: int, min_scale: float, repetiti
         min_scale: its smallest share of the image.
         repetitions: passes over each kind.
     """
-    transform = random_resized_crop((size, size), min_scale, horizontal_flip=True)
+    transform = CropAndFlip((size, size), min_scale, horizontal_flip=True)
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     for repetition in range(repetitions):
         for name, images in kinds.items():

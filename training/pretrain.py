@@ -13,13 +13,14 @@ from transformers.modeling_outputs import ModelOutput
 from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput, visible_patches_per_view
 from modeling_micl.configuration_micl import height_and_width
 from training.alarms import CollapseAlarm
+from training.batch import Batch
 from training.cached import cached_backward
 from training.card import write_card
 from training.config import PretrainConfig
-from training.data import Batch
+from training.device_decoding import check_decoder
 from training.features import encoder_features, normalize_pixels
 from training.figures import save_curves, save_figures
-from training.images import Transform, random_resized_crop
+from training.images import CropAndFlip, Transform
 from training.log import Logger, end_trackers
 from training.log_files import read_metrics
 from training.loop import Task, train
@@ -61,12 +62,12 @@ class Contrast(Task):
     def __init__(
         self, run: Run, config: PretrainConfig, eval_source: ImageSource | None, uploads: Uploads | None = None
     ) -> None:
-        super().__init__(run, config.knn_epochs if eval_source else 0, config.views_per_decode)
+        super().__init__(run, config.knn_epochs if eval_source else 0, config.views_per_decode, config.decode_on_gpu)
         self.config, self.eval_source, self.uploads = config, eval_source, uploads
 
     def transform(self, size: tuple[int, int]) -> Transform:
         """Crop and flip, nothing else."""
-        return random_resized_crop(size, self.config.crop_min_scale, self.config.horizontal_flip)
+        return CropAndFlip(size, self.config.crop_min_scale, self.config.horizontal_flip)
 
     def forward(self, batch: Batch) -> MiclForPreTrainingOutput:
         """Draw the views and contrast them."""
@@ -92,7 +93,7 @@ class Contrast(Task):
         return noise[run.first_place : run.last_place]
 
     def _embed(self, batch: Batch, noise: Tensor, rows: slice, return_loss: bool) -> MiclForPreTrainingOutput:
-        """Run the model on some of the images, which come to the device only now."""
+        """Run the model on some of the images, which come to the device only now unless they were decoded there."""
         pixels = normalize_pixels(batch.pixels[rows].to(self.run.accelerator.device, non_blocking=True))
         output: MiclForPreTrainingOutput = self.run.model(pixels, noise=noise[rows], return_loss=return_loss)
         return output
@@ -207,6 +208,8 @@ def finish(run: Run, config: PretrainConfig, log: Logger, eval_source: ImageSour
 def main(config: PretrainConfig) -> bool:
     """One run from its settings to its model; returns False if it was stopped before."""
     accelerator = start_accelerator(config)
+    if config.decode_on_gpu:
+        check_decoder(accelerator.device)
     uploads = Uploads(config, accelerator)
     with accelerator.main_process_first():  # the others find what the first has prepared
         source, eval_source = open_sources(config)

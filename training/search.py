@@ -15,6 +15,7 @@ from PIL.Image import registered_extensions
 from torch import Tensor
 
 from modeling_micl.configuration_micl import height_and_width
+from training.batch import Batch
 from training.collection import (
     Collection,
     CollectionSettings,
@@ -25,7 +26,7 @@ from training.collection import (
     read_collection,
 )
 from training.config import setting
-from training.data import Batch, decode
+from training.data import decode
 from training.features import Views
 from training.figures import only_patches
 from training.images import central_crop, decode_rgb, to_pixels

@@ -256,6 +256,15 @@ def first_rows(lengths: list[int], max_images: int) -> list[int]:
     return [after - before for before, after in pairwise(shares)]
 
 
+def evaluation_numbers(source: ImageSource, num_images: int) -> NDArray[np.int64]:
+    """Numbers of evenly spaced images where access is random, else the first of each shard in proportion."""
+    if source.random_access:
+        return np.arange(num_images) * source.num_images // num_images
+    begins = np.cumsum([0, *source.lengths])
+    shares = first_rows(source.lengths, num_images)
+    return np.concatenate([begin + np.arange(share) for begin, share in zip(begins, shares, strict=False)])
+
+
 def _fingerprint(files: Sequence[str], lengths: Sequence[int], features: datasets.Features) -> str:
     return _digest([[_identity(file) for file in files], list(lengths), str(features)])
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modeling_micl import MiclForPreTraining, MiclModel
 from modeling_micl.configuration_micl import height_and_width
-from training.data import Batch
+from training.batch import Batch
 from training.features import (
     BASELINES,
     Extractor,

@@ -12,9 +12,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from modeling_micl import MiclConfig, MiclForImageClassification
 from training.augment import Augmentation
+from training.batch import Batch
 from training.card import write_card
 from training.classifier_config import ClassifierSettings
-from training.data import Batch
 from training.evaluation import (
     accuracies,
     check_same_classes,

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data import Batch
+from training.batch import Batch
 from training.features import Views
 
 

@@ -20,8 +20,8 @@ from torch.nn import Module
 
 from modeling_micl import MiclForPreTraining, losses
 from training import pretrain
+from training.batch import Batch
 from training.config import PretrainConfig
-from training.data import Batch
 from training.pretrain import Contrast, untrained_model
 from training.run import Run, make_plan
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from training.augment import Augmentation
-from training.data import Batch
+from training.batch import Batch
 from training.features import normalize_pixels
 
 

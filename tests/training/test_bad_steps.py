@@ -14,9 +14,9 @@ from torch import Tensor
 
 from training import checkpoint, loop, pretrain
 from training.agreement import Agreement
+from training.batch import Batch
 from training.checkpoint import newest_checkpoint, read_state
 from training.config import PretrainConfig
-from training.data import Batch
 from training.log_files import read_metrics
 from training.stream import StreamError
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from modeling_micl import MiclModel
 from training import compare
+from training.batch import Batch
 from training.comparison import ComparisonConfig, build_method, gigaflop_per_trained_image, transform_of
 from training.config import PretrainConfig
-from training.data import Batch
 from training.features import normalize_pixels
 from training.log_files import read_metrics
 from training.monitor import gigaflop_per_image
@@ -135,3 +135,5 @@ def test_what_only_pretraining_does_is_refused(compared: Compared, no_accelerato
         compare.main(compared())
     with pytest.raises(ValueError, match="one process, and a batch in one pass"):
         compare.main(compared(method="mae", gradient_accumulation_steps=2))
+    with pytest.raises(ValueError, match="decode_on_gpu=True is for training.pretrain alone"):
+        compare.main(compared(method="mae", decode_on_gpu=True))

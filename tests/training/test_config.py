@@ -166,7 +166,16 @@ def test_what_may_change_on_resuming_are_settings_that_exist(kind: type[Training
     names = {field.name for field in fields(kind)}
     assert names >= kind.CHANGEABLE
     must_stay = {"dataset", "seed", "base_lr", "min_lr", "epochs", "gradient_accumulation_steps"}
-    must_stay |= {"views_per_decode", "mask_ratio", "negatives", "model", "random_init", "layer_decay", "ema_decay"}
+    must_stay |= {
+        "views_per_decode",
+        "decode_on_gpu",
+        "mask_ratio",
+        "negatives",
+        "model",
+        "random_init",
+        "layer_decay",
+        "ema_decay",
+    }
     assert not must_stay & kind.CHANGEABLE
     # Pre-training compares what the batch sizes come to.
     assert ("per_device_batch_size" in kind.CHANGEABLE) == (kind is PretrainConfig)

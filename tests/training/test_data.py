@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 from training import data
-from training.data import Batch, EvaluationImages, TrainingBatches, TrainingOrder, batches, concatenate
-from training.images import Transform, central_crop, random_resized_crop
+from training.batch import Batch, concatenate, stack
+from training.data import EvaluationImages, TrainingBatches, TrainingOrder, batches
+from training.images import CropAndFlip, Transform, central_crop
 from training.source import ImageSource, open_source
 
 
 Write = Callable[..., Path]
-
 GLOBAL_BATCH = 12
-CROP = random_resized_crop((8, 8), min_scale=0.2, horizontal_flip=True)
+CROP = CropAndFlip((8, 8), min_scale=0.2, horizontal_flip=True)
 SHARDS = {"equal shards": [33, 33, 33], "unequal shards": [60, 7, 0, 32], "one shard": [99], "random access": [99]}
 
 
@@ -121,7 +121,7 @@ def test_an_epoch_has_every_image_once_but_those_that_fill_no_batch(source: Imag
 
 
 def test_pixels_and_labels_belong_to_the_index(source: ImageSource) -> None:
-    whole = random_resized_crop((16, 20), min_scale=1, horizontal_flip=False)
+    whole = CropAndFlip((16, 20), min_scale=1, horizontal_flip=False)
     every = concatenate(list(batches(EvaluationImages(source, central_crop((16, 20))), 0)))
     by_index = dict(zip(every.index.tolist(), every.pixels, strict=True))
     for batch in global_batches(order_of(source), steps=3, transform=whole):
@@ -231,9 +231,9 @@ def test_stand_ins_are_the_same_for_all_processes_and_workers(
 def test_leaving_broken_images_out_would_be_noticed(
     mended_and_broken: tuple[ImageSource, ImageSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leave_out(self: TrainingBatches, draws: list[data.Draw], epoch: int) -> tuple[list[data.DecodedImage], list]:
+    def leave_out(self: TrainingBatches, draws: list[data.Draw], epoch: int) -> Batch:
         rows = [(index, row) for index, row in (draw(0) for draw in draws) if index not in BROKEN]
-        return [(np.zeros((8, 8, 3), np.uint8), 0, index) for index, _ in rows], []
+        return stack([(np.zeros((8, 8, 3), np.uint8), 0, index) for index, _ in rows], [])
 
     monkeypatch.setattr(TrainingBatches, "_decode", leave_out)
     with pytest.raises(AssertionError):

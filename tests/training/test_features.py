@@ -16,7 +16,7 @@ from transformers import ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining, MiclModel, MiclPreTrainedModel
-from training.data import Batch
+from training.batch import Batch
 from training.features import (
     IMAGENET,
     LabelledFeatures,

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from modeling_micl import MiclConfig
-from training.images import central_crop, decode_rgb, random_crop_box, random_resized_crop, to_pixels
+from training.images import CropAndFlip, central_crop, decode_rgb, random_crop_box, to_pixels
 from training.results import image_processor
 
 
@@ -193,13 +193,13 @@ def test_where_no_box_fits_the_central_one_is_taken(size: tuple[int, int], box: 
 
 
 def test_without_cropping_the_whole_image_is_resized() -> None:
-    transform = random_resized_crop((24, 32), min_scale=1, horizontal_flip=False)
+    transform = CropAndFlip((24, 32), min_scale=1, horizontal_flip=False)
     result = transform(photo(90, 50), np.random.default_rng(0))
     np.testing.assert_array_equal(result, photo(90, 50).resize((32, 24), Image.Resampling.BICUBIC))
 
 
 def test_a_crop_is_the_box_of_the_image_resized_bicubic() -> None:
-    transform = random_resized_crop((24, 32), min_scale=0.2, horizontal_flip=False)
+    transform = CropAndFlip((24, 32), min_scale=0.2, horizontal_flip=False)
     result = transform(photo(90, 50), np.random.default_rng(5))
     box = random_crop_box(90, 50, 0.2, np.random.default_rng(5))
     expected = photo(90, 50).crop(box).resize((32, 24), Image.Resampling.BICUBIC)
@@ -209,7 +209,7 @@ def test_a_crop_is_the_box_of_the_image_resized_bicubic() -> None:
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_every_other_crop_is_mirrored(flip: bool) -> None:
-    transform = random_resized_crop((16, 16), min_scale=1, horizontal_flip=flip)
+    transform = CropAndFlip((16, 16), min_scale=1, horizontal_flip=flip)
     plain = np.asarray(photo(16, 16))
     seen = Counter()
     for seed in range(400):
@@ -220,7 +220,7 @@ def test_every_other_crop_is_mirrored(flip: bool) -> None:
 
 
 def test_a_crop_depends_on_its_generator_only() -> None:
-    transform = random_resized_crop((16, 16), min_scale=0.2, horizontal_flip=True)
+    transform = CropAndFlip((16, 16), min_scale=0.2, horizontal_flip=True)
     results = [np.asarray(transform(photo(60, 50), np.random.default_rng(seed))) for seed in (1, 2, 1)]
     np.testing.assert_array_equal(results[0], results[2])
     assert (results[0] != results[1]).any()

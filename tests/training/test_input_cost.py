@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision.io
+from jpegs import jpeg, write
 
 from training import benchmark, data, input_cost
-from training.data import Batch, concatenate
+from training.batch import Batch, concatenate
 from training.images import decode_rgb
-from training.input_cost import BARE, InputCost, InputSettings, measure_source, photographs
+from training.input_cost import BARE, ON_DEVICE, InputCost, InputSettings, measure_source, photographs
 from training.source import open_source
 
 
@@ -66,6 +68,24 @@ def test_what_is_timed_is_what_training_does(write_shards: Write, monkeypatch: p
     monkeypatch.setattr(input_cost, "perf_counter", lambda: len(decoded))
     assert cost.loop(0) == 8
     assert len(set(decoded)) == 12
+
+
+def test_what_a_device_decodes_is_timed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, decoded = write(tmp_path, [jpeg(number) for number in range(16)]), []
+    decode = torchvision.io.decode_jpeg
+    with monkeypatch.context() as patched:
+        patched.setattr(torchvision.io, "decode_jpeg", lambda *given: decoded.extend(given[0]) or decode(*given))
+        patched.setattr(input_cost, "perf_counter", lambda: len(decoded))
+        assert InputCost(source, InputSettings(num_workers=[0], **SMALL)).on_device(torch.device("cpu")) == 8
+    monkeypatch.setattr(input_cost, "CORES", 4)
+    monkeypatch.setattr(InputCost, "on_device", lambda *_: 0.8)
+    monkeypatch.setattr(InputCost, "loop", lambda *_: 1.0)
+    monkeypatch.setattr(InputCost, "stages", lambda _: {})
+    config = InputSettings(num_workers=[3], **SMALL)
+    assert ON_DEVICE not in [entry["name"] for entry in measure_source(source, config)]
+    entry = measure_source(source, config, torch.device("cpu"))[3]
+    assert entry["name"] == ON_DEVICE
+    assert entry["images_per_second"] == pytest.approx(10)  # of the whole program
 
 
 def test_the_photographs_are_jpegs_of_that_size(monkeypatch: pytest.MonkeyPatch) -> None:

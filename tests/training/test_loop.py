@@ -15,8 +15,9 @@ from run_folder import course, same_weights
 
 from training import log, loop, pretrain
 from training.alarms import CollapseAlarm
+from training.batch import Batch
 from training.config import PretrainConfig
-from training.data import Batch, EvaluationImages, batches
+from training.data import EvaluationImages, batches
 from training.features import normalize_pixels
 from training.images import central_crop
 from training.judge import fit_probe

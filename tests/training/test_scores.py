@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from training import scores as scores_module
-from training.data import Batch
+from training.batch import Batch
 from training.features import BASELINES
 from training.scores import frozen_scores, knn_table
 from training.source import ImageSource, open_source

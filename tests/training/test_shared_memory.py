@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import IterableDataset
 
 from training import shared_memory
-from training.data import Batch, TrainingBatches, TrainingOrder, batches, run_in_workers
-from training.images import random_resized_crop
+from training.batch import Batch
+from training.data import TrainingBatches, TrainingOrder, batches, run_in_workers
+from training.images import CropAndFlip
 from training.shared_memory import PREFETCHED, ReusedMemory
 from training.source import open_source
 
@@ -36,7 +37,7 @@ class Places(IterableDataset[tuple[bool, int]]):
 def images(write_shards: Write) -> TrainingBatches:
     """Batches of four crops each."""
     order = TrainingOrder(open_source(str(write_shards(64))), 4, seed=3, window=16)
-    return TrainingBatches(order, random_resized_crop((8, 8), 0.2, True), 0, 4)
+    return TrainingBatches(order, CropAndFlip((8, 8), 0.2, True), 0, 4)
 
 
 def pixels(stream: Iterator[Batch]) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from study_files import small_study
 
 from modeling_micl import MiclForPreTraining, MiclModel, MiclPreTrainedModel
-from training.data import Batch
+from training.batch import Batch
 from training.features import LabelledFeatures, encoder_features
 from training.results import read_evaluation, save_model
 from training.study_judge import judge_references, judge_run, pooled, scores_of, split_pooled, stored_scores

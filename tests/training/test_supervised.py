@@ -30,8 +30,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining
 from training.augment import Augmentation
+from training.batch import Batch
 from training.classifier_config import FinetuneConfig
-from training.data import Batch
 from training.optim import layer_decay_optimizer
 from training.results import save_model
 from training.run import Run
