@@ -38,7 +38,7 @@ from training.encoded import EncodedBatches
 from training.images import CropAndFlip, Pixels, decode_rgb, random_crop_box, to_pixels
 from training.monitor import usable_cores
 from training.photos import PHOTOS
-from training.shared_memory import ReusedMemory
+from training.shared_memory import PREFETCHED, ReusedMemory
 from training.source import ImageSource, Row, open_source
 from training.timing import per_image
 
@@ -62,6 +62,7 @@ class InputSettings(Checks):
     crop_min_scale: float = setting(0.2, "smallest share of the image in a random crop, in (0, 1]")
     batch_size: int = setting(128, "images of a batch")
     num_workers: list[int] = setting(sorted({0, 1, CORES}), "decoding processes; 0 decodes in the program itself")
+    warm_up: int = setting(PREFETCHED + 2, "batches before that, until a worker's memory is used again")
     batches: int = setting(4, "batches that are timed at once")
     repetitions: int = setting(7, "interleaved timings")
     output: str = setting("runs/benchmark/input.json", "file for all numbers")
@@ -70,7 +71,7 @@ class InputSettings(Checks):
 
     def validate(self) -> None:
         """Raise a ValueError that names the first impossible setting, its value and the remedy."""
-        self._validate_at_least(1, "image_size", "batch_size", "batches", "repetitions")
+        self._validate_at_least(1, "image_size", "batch_size", "warm_up", "batches", "repetitions")
         self._validate_share("crop_min_scale", zero=False)
         if len(self.jpeg_size) != 2 or min(self.jpeg_size) < 1:
             raise ValueError(f"jpeg_size takes width and height, got {self.jpeg_size}.")
@@ -164,7 +165,7 @@ class InputCost:
         return perf_counter() - start
 
     def loop(self, workers: int) -> float:
-        """Our batches, once the first has come."""
+        """Our batches, once the first have come."""
         return self._seconds(self._loaded(TrainingBatches, workers))
 
     def on_device(self, device: torch.device) -> float:
@@ -181,7 +182,8 @@ class InputCost:
         return self._seconds(run_in_workers(Ready(self.stacked), 1))
 
     def _seconds(self, loaded: Iterator[Batch]) -> float:
-        next(loaded)
+        for _ in range(self.config.warm_up):
+            next(loaded)
         start = perf_counter()
         for _ in islice(loaded, self.config.batches):
             pass

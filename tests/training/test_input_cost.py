@@ -19,7 +19,7 @@ from training.source import open_source
 
 
 Write = Callable[..., Path]
-SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "batches": 2, "repetitions": 3}
+SMALL: dict[str, Any] = {"image_size": 8, "warm_up": 1, "batch_size": 4, "batches": 2, "repetitions": 3}
 
 
 def test_every_stage_and_the_whole_are_measured(
@@ -61,7 +61,7 @@ def test_rates_are_those_of_one_core(
 
 
 def test_what_is_timed_is_what_training_does(write_shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each repetition begins behind the first batch, and all of its images are decoded in it."""
+    """Each repetition begins behind the first batches, and all of its images are decoded in it."""
     cost = InputCost(open_source(str(write_shards(10, 6))), InputSettings(**SMALL))
     decoded: list[str] = []
     monkeypatch.setattr(data, "decode_rgb", lambda stored: decoded.append(stored["path"]) or decode_rgb(stored))
