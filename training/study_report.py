@@ -30,7 +30,7 @@ frozen features of the whole image, [CLS] or the mean of the patches. "±" is th
 from the spread between seeds pooled over all settings of the study; it does not cover the choice of the images.
 Differences are to the centre, the recipe with the study's common settings; those below twice their standard error are
 noise. "Loss / guessing" is 1 where nothing is learned; "views found" is the share of views that find theirs in the
-last batch that was logged.
+last batch that was logged; seconds are those of training, on a machine that may have had other work at the same time.
 
 `python -m training.study --render` writes this page.
 """
