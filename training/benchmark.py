@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from training.allocator import keep_freed_memory
 from training.benchmark_parts import PARTS, Settings, markdown
 from training.monitor import provenance
 from training.parser import parse_settings
@@ -43,6 +44,7 @@ def main(part: str, config: Settings) -> None:
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if accelerator.num_processes > 1:
         raise ValueError(f"{PROGRAM} measures one process: start it with python, not with accelerate or torchrun.")
+    keep_freed_memory()  # as training does
     entries, device = PARTS[part].measure(accelerator, config), accelerator.device.type
     report = {
         "part": part,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from training.allocator import keep_freed_memory
 from training.batch import Batch, concatenate, stack
 from training.images import Transform, decode_rgb, to_pixels
 from training.shared_memory import PREFETCHED, ReusedMemory
@@ -30,6 +31,8 @@ MIN_ROWS_PER_LANE = 512
 MAX_STAND_INS = 100
 # A worker that is told to end waits so long for the main process to come to the end of its step.
 SECONDS_AFTER_SIGTERM = 20
+# Freed memory that a worker keeps, in bytes
+KEPT_BY_WORKER = 2**27
 
 # A draw gives an image's number and its row for one place of a batch. Attempt 0 is the planned image, the following
 # attempts are stand-ins for when it is broken.
@@ -259,6 +262,7 @@ class WithErrors(IterableDataset[Item | StreamError]):
 
 
 def _start_worker(_: int) -> None:
+    keep_freed_memory(KEPT_BY_WORKER)
     fsspec.asyn.reset_lock()  # a lock held while forking would never be released here
     # Signals often reach all processes at once; the main one must still get batches to stop in good order.
     for number in (signal.SIGINT, signal.SIGUSR1):

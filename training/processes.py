@@ -11,6 +11,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
+from training.allocator import keep_freed_memory
 from training.config import TrainingSettings
 from training.monitor import usable_cores
 from training.peers import Peers
@@ -49,6 +50,7 @@ def start_accelerator(config: TrainingSettings) -> Accelerator:
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = ["MiclLayer"]
     config.contrasted_images(accelerator.num_processes)  # refuses an impossible batch before anything is loaded
     use_all_cores(accelerator)
+    keep_freed_memory()
     return accelerator
 
 

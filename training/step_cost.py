@@ -12,7 +12,6 @@ gradients and AdamW's moments, the second has them from its start):
 So the ratios of one device can be compared, not the numbers of the two.
 """
 
-import ctypes
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -28,14 +27,12 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.functional import normalize
 
 from modeling_micl import MiclConfig, MiclForPreTrainingOutput
+from training.allocator import give_back_freed_memory
 from training.cached import cached_backward
 from training.features import normalize_pixels
 from training.plain_step import micl_model, pretraining_optimizer, random_pixels
 from training.processes import use_all_cores
 from training.timing import Step
-
-
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -132,8 +129,7 @@ def way_step(mixed_precision: str, config: MiclConfig, way: Way) -> Step:
 
 
 def _peak_memory(build: Callable[[], Step]) -> int | None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # its start value; a set one does not grow
+    give_back_freed_memory()
     step = build()
     before = _peak_resident_set()
     try:
