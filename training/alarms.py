@@ -36,9 +36,10 @@ class CollapseAlarm:
         if metrics.get("negative_cosine", 0) > 0.98:  # not in an entry before a failure
             return text + (
                 f"All embeddings point the same way (mean cosine of negatives {metrics['negative_cosine']:.3f}). "
-                "Likely the views of an image share too little, as with strokes on an empty ground, or the learning "
-                "rate is too high: lower mask_ratio or base_lr, use larger patches or a longer warm-up. MiCL wants "
-                "natural images."
+                "If what two views share does not tell their image from others, as with strokes on an empty ground, "
+                "no mask ratio, patch size, temperature or learning rate has helped "
+                "(training/recipes/studies/RESULTS.md): MiCL wants natural images. If yours are, lower mask_ratio or "
+                "base_lr, or take a longer warm-up."
             )
         return text + "Likely the views are too small or too alike between images: lower mask_ratio or temperature."
 

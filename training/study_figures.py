@@ -91,7 +91,9 @@ def draw_grid(axis: Axes, scores: Scores, cells: list[Record]) -> None:
         if values := scores.values(cell["point"], ("cls", "knn")):
             place = down.index(cell["values"][first]), across.index(beside(cell, others))
             found[place[0]][place[1]] = mean(values)
-            axis.text(place[1], place[0], f"{mean(values):.1f}", ha="center", va="center", fontsize=8, color="white")
+            number_of_cell = f"{mean(values):.1f}"
+            on_white = {"facecolor": "white", "linewidth": 0, "pad": 2}
+            axis.text(place[1], place[0], number_of_cell, ha="center", va="center", fontsize=8, bbox=on_white)
     axis.imshow(found, cmap="viridis", aspect="auto")
     axis.set_xticks(range(len(across)), across, fontsize=8)
     axis.set_yticks(range(len(down)), down, fontsize=8)
