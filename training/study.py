@@ -91,6 +91,7 @@ def record_of(
         "seeds": settings.seeds,
         "final_seeds": settings.final_seeds,
         "judge_images": images,
+        "labels": settings.labels,
         "held_out": settings.held_out,
         "hardware": sorted(machines),
         "commits": sorted({str(one["versions"]["commit"]) for one in sources}),

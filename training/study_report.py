@@ -111,11 +111,12 @@ def section(record: Record) -> str:
     budget = ", ".join(f"{value:,.6g} {name}" for name, value in record["budget"].items())
     seeds = ", ".join(map(str, record["seeds"]))
     total = sum(run["seconds"] for run in record["runs"])
+    judged = f"judged by up to {record['judge_images']:,} images of each split of" if has_labels(record) else "images:"
     facts = [
         f"`{record['command']}`",
         f"{len(record['runs'])} runs of {budget.replace('gigaflop', 'GFLOP')} each around `{record['recipe']}`"
-        f"{changed(record['common'])}; seeds {seeds}; {total / 60:.0f} minutes of training; judged by up to "
-        f"{record['judge_images']:,} images of each split of `{record['dataset']}`, "
+        f"{changed(record['common'])}; seeds {seeds}; {total / 60:.0f} minutes of training; {judged} "
+        f"`{record['dataset']}`, "
         f"every {record['held_out']}th train image held out.",
         f"{'; '.join(record['hardware'])}; commit {', '.join(record['commits'])}.",
     ]
@@ -134,9 +135,14 @@ def section(record: Record) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def has_labels(record: Record) -> bool:
+    """Whether accuracies mean anything."""
+    return bool(record.get("labels", True))
+
+
 def varies(record: Record) -> bool:
     """Whether there is anything to draw."""
-    return bool(record["factors"] or record["grids"] or record["trials"])
+    return has_labels(record) and bool(record["factors"] or record["grids"] or record["trials"])
 
 
 def changed(common: Record) -> str:
@@ -150,13 +156,13 @@ def factor_table(scores: Scores, name: str, points: dict[str, str]) -> str:
     named = dict(points)
     if centre not in named.values():
         named = {record["values"][name]: centre} | named
-    rows = []
+    rows, columns = [], COLUMNS if has_labels(record) else {}
     for label, point in named.items():
         row = [f"**{label}**" if point == centre else label]
-        for column in COLUMNS:
+        for column in columns:
             row += [scores.mean(point, column), scores.difference(point, centre, column)]
         rows.append(row + costs(scores, point))
-    head = [name, *(cell for title in COLUMNS.values() for cell in (title, "difference")), *COSTS]
+    head = [name, *(cell for title in columns.values() for cell in (title, "difference")), *COSTS]
     return markdown_table(head, rows)
 
 

@@ -39,6 +39,7 @@ class StudySettings(Checks):
     final_seeds: list[int] = setting([], "then run the best setting (of each method) with these, and score on test")
     held_out: int = setting(5, "every so many-th image of train is held out, and the settings are judged on it")
     judge_images: int = setting(5000, "images of each split for kNN and the linear probe")
+    labels: bool = setting(True, "whether they mean anything; if not, only losses and the views found are told")
     references: bool = setting(False, "also judge pixels, colour histograms and random weights")
     jobs: int = setting(0, "runs at a time, each with its share of the cores; 0 gives each one core")
     plan_only: bool = setting(False, "list the runs and what they cost, and stop")

@@ -102,6 +102,14 @@ def test_the_centre_alone_has_no_figure() -> None:
     assert ".png" not in section(record(*TWO_POINTS))
 
 
+def test_labels_that_mean_nothing_are_passed_over() -> None:
+    text = section(record(*TWO_POINTS, factors={"temperature": {"0.2": "x"}}, labels=False))
+    assert "| temperature | loss / guessing | views found | images | GFLOP | seconds |" in text
+    assert "| 0.2 | 0.50 | 25 % | 1,000 | 50 | 3 |" in text
+    assert ".png" not in text
+    assert "judged by" not in text
+
+
 def test_a_grid_of_two_is_a_map() -> None:
     text = section(record(*TWO_POINTS, row("z", 0, 0.3), grids={"both": GRID}))
     assert "| 1 | 51.0 ± 2.2 | 63.0 ± 2.2 |\n| 2 | 40.0 ± 3.2 | 30.0 ± 3.2 |" in text
