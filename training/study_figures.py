@@ -141,9 +141,10 @@ def draw_methods(axis: Axes, record: Record) -> None:
             axis.errorbar(place, mean(values), error, marker="D", color="tab:red", capsize=3)
     axis.plot([], [], "o", color="tab:blue", alpha=0.4, label="trials, held out")
     axis.plot([], [], "D", color="tab:red", label="chosen, test")
-    for found in list(record["references"].values())[:1]:
+    for split, found in list(record["references"].items())[-1:]:  # test, where the chosen are scored on it
         for style, (name, values) in zip((":", "--", "-.", "-", (0, (1, 5))), found.items(), strict=False):
-            axis.axhline(100 * values["knn"], color="gray", linestyle=style, linewidth=1, label=NAMES.get(name, name))
+            label = f"{NAMES.get(name, name)}, {split}"
+            axis.axhline(100 * values["knn"], color="gray", linestyle=style, linewidth=1, label=label)
     axis.set_xticks(range(len(record["trials"])), list(record["trials"]), fontsize=8)
     axis.set_ylabel("kNN (%)", fontsize=8)
     axis.grid(alpha=0.3)
