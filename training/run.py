@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,6 @@ from training.checkpoint import (
 )
 from training.config import TrainingSettings
 from training.disk import put_back
-from training.folder_lock import lock_folder
 from training.optim import learning_rate, scaled_learning_rate
 from training.source import ImageSource
 from training.tensors import whole_tensors
@@ -125,7 +124,6 @@ class Run:
     optimizer: torch.optim.Optimizer
     averaged: AveragedModel | None = None
     progress: Progress = field(default_factory=Progress)
-    lock: IO[str] | None = None
 
     def __post_init__(self) -> None:
         keep, keep_every = self.config.save_total_limit, self.config.keep_every_steps
@@ -152,11 +150,9 @@ class Run:
             ema_decay: also keep a moving average of the weights with this decay.
 
         Raises:
-            ValueError: if the data do not fill a batch, another run uses the folder, or the checkpoint is of a run
-                with other settings.
+            ValueError: if the data do not fill a batch, or the checkpoint is of a run with other settings.
         """
         plan = make_plan(config, source.num_images, accelerator.num_processes)
-        lock = lock_folder(Path(config.output_dir)) if accelerator.is_main_process else None
         if accelerator.device.type == "cpu":
             model.set_attn_implementation("eager")  # on short sequences the fused kernel's backward pass is slower
         if config.gradient_checkpointing:
@@ -164,7 +160,6 @@ class Run:
         if config.torch_compile != "no":
             model.compile(mode=config.torch_compile)
         run = cls(config, accelerator, source, plan, *accelerator.prepare(model, optimizer))
-        run.lock = lock
         if ema_decay is not None:
             if accelerator.is_fsdp2:
                 raise ValueError(f"ema_decay={ema_decay} does not work with FSDP: leave it out.")
