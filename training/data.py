@@ -173,8 +173,7 @@ class TrainingBatches(IterableDataset[Batch]):
 
     def stack(self, images: list[tuple[Any, int, int]], broken: list[SkippedImage]) -> Batch:
         """One batch of crops, labels and numbers."""
-        pixels, labels, index = zip(*images, strict=True)
-        return Batch(self.memory.stack(pixels), torch.tensor(labels), torch.tensor(index), broken)
+        return self.memory.stack(images, broken)
 
 
 class EvaluationImages(IterableDataset[Batch]):
@@ -223,13 +222,13 @@ def decode(source: ImageSource, transform: Transform, rows: list[tuple[int, Row]
 
 def batches(dataset: IterableDataset[Batch], num_workers: int) -> Iterator[Batch]:
     """Run a dataset in worker processes; the workers' parts of a step are put together in order."""
-    parts = 1
-    if isinstance(dataset, TrainingBatches):
-        num_workers = min(num_workers, dataset.last - dataset.first)
-        parts = max(num_workers, 1)
+    if not isinstance(dataset, TrainingBatches):
+        yield from run_in_workers(dataset, num_workers)
+        return
+    num_workers = min(num_workers, dataset.last - dataset.first)
     loaded = run_in_workers(dataset, num_workers)
-    while chunk := list(islice(loaded, parts)):
-        yield concatenate(chunk)
+    while parts := list(islice(loaded, max(num_workers, 1))):
+        yield concatenate(parts)
 
 
 def run_in_workers(dataset: IterableDataset[Item], num_workers: int) -> Iterator[Item]:

@@ -38,7 +38,7 @@ from training.encoded import EncodedBatches
 from training.images import CropAndFlip, Pixels, decode_rgb, random_crop_box, to_pixels
 from training.monitor import usable_cores
 from training.photos import PHOTOS
-from training.shared_memory import PREFETCHED, ReusedMemory
+from training.shared_memory import PLACES, ReusedMemory
 from training.source import ImageSource, Row, open_source
 from training.timing import per_image
 
@@ -62,7 +62,7 @@ class InputSettings(Checks):
     crop_min_scale: float = setting(0.2, "smallest share of the image in a random crop, in (0, 1]")
     batch_size: int = setting(128, "images of a batch")
     num_workers: list[int] = setting(sorted({0, 1, CORES}), "decoding processes; 0 decodes in the program itself")
-    warm_up: int = setting(PREFETCHED + 2, "batches before that, until a worker's memory is used again")
+    warm_up: int = setting(PLACES, "batches before that, until a worker's memory is used again")
     batches: int = setting(4, "batches that are timed at once")
     repetitions: int = setting(7, "interleaved timings")
     output: str = setting("runs/benchmark/input.json", "file for all numbers")
@@ -111,9 +111,8 @@ class Ready(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         memory = ReusedMemory()
-        pixels, labels, index = zip(*self.images, strict=True)
         while True:
-            yield Batch(memory.stack(pixels), torch.tensor(labels), torch.tensor(index), [])
+            yield memory.stack(self.images, [])
 
 
 class InputCost:
@@ -206,7 +205,7 @@ class InputCost:
                 lambda: [self.transform(image, np.random.default_rng((0, n))) for n, image in enumerate(self.decoded)]
             ),
             "to arrays": lambda: self._repeated(lambda: [to_pixels(image) for image in self.cropped]),
-            "stack": lambda: self._repeated(lambda: ReusedMemory().stack([image for image, _, _ in self.stacked])),
+            "stack": lambda: self._repeated(lambda: ReusedMemory().stack(self.stacked, [])),
             "stack in a worker, send": self.send,
             "put two parts together": lambda: self._repeated(lambda: concatenate(self.parts)),
         }

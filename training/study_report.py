@@ -135,6 +135,11 @@ def section(record: Record) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def columns_of(record: Record) -> dict[tuple[str, str], str]:
+    """The accuracies that mean anything."""
+    return COLUMNS if has_labels(record) else {}
+
+
 def has_labels(record: Record) -> bool:
     """Whether accuracies mean anything."""
     return bool(record.get("labels", True))
@@ -156,7 +161,7 @@ def factor_table(scores: Scores, name: str, points: dict[str, str]) -> str:
     named = dict(points)
     if centre not in named.values():
         named = {record["values"][name]: centre} | named
-    rows, columns = [], COLUMNS if has_labels(record) else {}
+    rows, columns = [], columns_of(record)
     for label, point in named.items():
         row = [f"**{label}**" if point == centre else label]
         for column in columns:
@@ -188,8 +193,8 @@ def costs(scores: Scores, point: str) -> list[str]:
 
 def grid_table(scores: Scores, name: str, cells: list[Record]) -> str:
     """Several settings varied together."""
-    factors = list(cells[0]["values"])
-    if len(factors) == 2 and not set(factors) & set(BUDGETS):
+    factors, accuracies = list(cells[0]["values"]), columns_of(scores.record)
+    if accuracies and len(factors) == 2 and not set(factors) & set(BUDGETS):
         down, across = factors
         columns = list(dict.fromkeys(cell["values"][across] for cell in cells))
         rows = {cell["values"][down]: [cell["values"][down]] for cell in cells}
@@ -197,11 +202,11 @@ def grid_table(scores: Scores, name: str, cells: list[Record]) -> str:
             rows[cell["values"][down]].append(scores.mean(cell["point"], ("cls", "knn")))
         return f"{name}: kNN, [CLS]\n\n" + markdown_table([f"{down} \\ {across}", *columns], list(rows.values()))
     rows_of_cells = [
-        [*cell["values"].values(), *(scores.mean(cell["point"], column) for column in COLUMNS)]
+        [*cell["values"].values(), *(scores.mean(cell["point"], column) for column in accuracies)]
         + costs(scores, cell["point"])
         for cell in cells
     ]
-    return f"{name}\n\n" + markdown_table([*factors, *COLUMNS.values(), *COSTS], rows_of_cells)
+    return f"{name}\n\n" + markdown_table([*factors, *accuracies.values(), *COSTS], rows_of_cells)
 
 
 def trials_table(record: Record) -> str:

@@ -14,12 +14,12 @@ from training import shared_memory
 from training.batch import Batch
 from training.data import TrainingBatches, TrainingOrder, batches, run_in_workers
 from training.images import CropAndFlip
-from training.shared_memory import PREFETCHED, ReusedMemory
+from training.shared_memory import PLACES, ReusedMemory
 from training.source import open_source
 
 
 Write = Callable[..., Path]
-STEPS = 3 * (PREFETCHED + 2)
+STEPS = 3 * PLACES
 
 
 class Places(IterableDataset[tuple[bool, int]]):
@@ -28,7 +28,7 @@ class Places(IterableDataset[tuple[bool, int]]):
     def __iter__(self) -> Iterator[tuple[bool, int]]:
         memory = ReusedMemory()
         for value in range(STEPS):
-            stacked = memory.stack([np.full((2, 2, 3), value, np.uint8)] * 3)
+            stacked = memory.stack([(np.full((2, 2, 3), value, np.uint8), 0, 0)] * 3, []).pixels
             assert stacked.eq(value).all()
             yield stacked.is_shared(), stacked.data_ptr()
 
@@ -48,8 +48,8 @@ def test_a_worker_takes_a_few_places_in_turns() -> None:
     found = list(run_in_workers(Places(), 1))
     assert all(shared for shared, _ in found)
     places = [place for _, place in found]
-    assert len(set(places)) == PREFETCHED + 2
-    assert places == 3 * places[: PREFETCHED + 2]
+    assert len(set(places)) == PLACES
+    assert places == 3 * places[:PLACES]
 
 
 def test_the_main_process_shares_nothing() -> None:
@@ -59,7 +59,7 @@ def test_the_main_process_shares_nothing() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_that_are_kept_stay_as_they_were(workers: int, images: TrainingBatches) -> None:
     expected = pixels(batches(images, 0))
-    assert len({found.sum().item() for found in expected}) > PREFETCHED + 2
+    assert len({found.sum().item() for found in expected}) > PLACES
     for kept, value in zip(pixels(batches(images, workers)), expected, strict=True):
         assert torch.equal(kept, value)
 
@@ -78,5 +78,5 @@ def test_a_worker_does_not_run_into_what_is_to_be_read(images: TrainingBatches) 
 
 
 def test_fewer_places_would_be_noticed(images: TrainingBatches, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "PREFETCHED", PREFETCHED - 2)
+    monkeypatch.setattr(shared_memory, "PLACES", PLACES - 2)
     assert not all(slowly(images))

@@ -103,9 +103,11 @@ def test_the_centre_alone_has_no_figure() -> None:
 
 
 def test_labels_that_mean_nothing_are_passed_over() -> None:
-    text = section(record(*TWO_POINTS, factors={"temperature": {"0.2": "x"}}, labels=False))
+    text = section(record(*TWO_POINTS, factors={"temperature": {"0.2": "x"}}, grids={"both": GRID}, labels=False))
     assert "| temperature | loss / guessing | views found | images | GFLOP | seconds |" in text
     assert "| 0.2 | 0.50 | 25 % | 1,000 | 50 | 3 |" in text
+    assert "| a | b | loss / guessing | views found | images | GFLOP | seconds |" in text
+    assert "| 1 | 4 | 0.50 | 25 % | 1,000 | 50 | 3 |" in text
     assert ".png" not in text
     assert "judged by" not in text
 
