@@ -1,5 +1,6 @@
-"""Small models that all tests share."""
+"""Small models that all tests share, and the GPU that they are kept from."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +25,24 @@ TINY = {
 LONGEST = ["test_readme.py", "test_faults.py", "test_resume.py", "test_execution.py", "test_pretrain_two_processes.py"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--cuda` runs the tests that need a CUDA GPU, and only these."""
+    parser.addoption("--cuda", action="store_true", help="run the tests that need a CUDA GPU, and only these")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Have pytest-xdist hand out files in the order of the collection, not those with the most tests first."""
     config.option.loadscopereorder = False
+    if not config.getoption("--cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared bit by bit, or takes turns, is so on the CPU
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the longest files; leave out those for a GPU, or all others."""
+    for_gpu = [item.get_closest_marker("cuda") is not None for item in items]
+    chosen = [item for item, cuda in zip(items, for_gpu, strict=True) if cuda == config.getoption("--cuda")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 

@@ -37,8 +37,11 @@ class Batch:
 
 
 def concatenate(batches: list[Batch]) -> Batch:
-    """One batch of several, in their order, in memory of its own: that of workers is used again."""
-    if len(batches) == 1 and not batches[0].pixels.is_shared():
+    """One batch of several, in their order, in memory of its own: that of workers is used again.
+
+    It is pinned if there is a GPU, which then need not be waited for to copy from it.
+    """
+    if len(batches) == 1 and not batches[0].pixels.is_shared() and not torch.cuda.is_available():
         return batches[0]
     tensors = {
         f.name: _joined([getattr(b, f.name) for b in batches]) for f in fields(batches[0]) if f.name != "broken"
@@ -47,9 +50,8 @@ def concatenate(batches: list[Batch]) -> Batch:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Pinned if the parts are: by itself `torch.cat` gives memory that a GPU must be waited for to copy from."""
-    shape, pinned = (sum(map(len, parts)), *parts[0].shape[1:]), parts[0].is_pinned()
-    return torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=pinned))
+    shape = sum(map(len, parts)), *parts[0].shape[1:]
+    return torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=torch.cuda.is_available()))
 
 
 def stack(images: list[tuple[Pixels, int, int]], broken: list[SkippedImage]) -> Batch:

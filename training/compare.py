@@ -1,59 +1,127 @@
 """Train the encoder of a recipe by another method: `python -m training.compare --config RECIPE --method mae`.
 
-The images, their order, the optimiser and its schedule are those of `training.pretrain`. It is made for short runs in
-one process: there are no checkpoints, and a run that was interrupted begins anew.
+The images, their order, the optimiser, its schedule and the evaluations amid training (`knn_epochs`) are those of
+`training.pretrain`. It is made for short runs in one process: there are no checkpoints, and a run that was interrupted
+begins anew.
 """
 
-import json
+import math
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from modeling_micl.configuration_micl import height_and_width
+from training.batch import Batch
 from training.comparison import ComparisonConfig, Method, build_method, transform_of
 from training.data import TrainingBatches, TrainingOrder, batches
+from training.features import extract_features
 from training.labels import class_names
+from training.log_files import MetricsLog
 from training.monitor import provenance
 from training.optim import build_optimizer, learning_rate, set_learning_rate
 from training.parser import parse_settings
 from training.processes import start_accelerator
 from training.results import save_model
 from training.run import Plan, make_plan
-from training.source import ImageSource, open_split
+from training.scores import score_features
+from training.source import ImageSource, open_evaluation, open_split
+from training.study_judge import pooled, split_pooled
 
 
-def train(config: ComparisonConfig, accelerator: Accelerator, source: ImageSource, model: Method, plan: Plan) -> float:
-    """Train to the end of the plan; returns the seconds that it took."""
+class Judge:
+    """Judges the frozen features of a method's encoder amid training, [CLS] and the mean of the patches.
+
+    Args:
+        config: of the run.
+        accelerator: of its one process.
+        source: the training images, which vote or are learned from.
+    """
+
+    def __init__(self, config: ComparisonConfig, accelerator: Accelerator, source: ImageSource) -> None:
+        self.config, self.accelerator = config, accelerator
+        asked = config.knn_epochs > 0 and config.knn_images > 0
+        evaluation = open_evaluation(config, source) if asked else None
+        self.splits = (source, evaluation) if evaluation else ()
+
+    def __call__(self, model: Method) -> dict[str, float]:
+        """Accuracies as `training.pretrain` logs them; those of the mean have its name at the end."""
+        config, accelerator = self.config, self.accelerator
+        if not self.splits:
+            return {}
+        with torch.random.fork_rng():  # training must go on as if nothing had been
+            encoder = model.encoder().to(accelerator.device).eval()
+            features = {"both": pooled(encoder, accelerator)}
+            size, images = height_and_width(encoder.config.image_size), config.knn_images
+            train, test = (
+                extract_features(accelerator, split, features, size, images, config.num_workers)
+                for split in self.splits
+            )
+            scores = score_features(split_pooled(train), split_pooled(test), config.online_probe)
+        model.train()
+        named = {"knn_accuracy": scores.knn, "probe_accuracy": scores.probe}
+        return {
+            name if features == "cls" else f"{name}_{features}": value
+            for name, values in named.items()
+            for features, value in values.items()
+        }
+
+
+def train(
+    config: ComparisonConfig, accelerator: Accelerator, source: ImageSource, model: Method, plan: Plan, judge: Judge
+) -> float:
+    """Train to the end of the plan; returns the seconds that it took, without those of evaluations.
+
+    Raises:
+        RuntimeError: if the loss is not finite.
+    """
     model.to(accelerator.device).train()
+    if accelerator.device.type == "cpu":
+        model.network.set_attn_implementation("eager")  # as `training.pretrain` does
+    if config.torch_compile != "no":
+        model.compile(mode=config.torch_compile)
     optimizer = build_optimizer(model, config.weight_decay, (config.adam_beta1, config.adam_beta2))
+    log = MetricsLog(Path(config.output_dir) / "metrics.jsonl", 0)
+    eval_every = max(round(config.knn_epochs * plan.forwards_per_epoch), 1) if config.knn_epochs else 0
+    seconds, start, first = 0.0, time.perf_counter(), 0
+    for step, batch in enumerate(training_batches(config, source, plan), 1):
+        epoch = (step - 1) / plan.forwards_per_epoch
+        rate = learning_rate(epoch, plan.peak_lr, config.warmup_epochs, config.epochs, config.min_lr)
+        set_learning_rate(optimizer, rate)
+        with accelerator.autocast():
+            loss = model(batch.to(accelerator.device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        evaluation_due = bool(eval_every) and step % eval_every == 0
+        if step % config.logging_steps == 0 or evaluation_due or step == plan.total_steps:
+            value, taken = loss.item(), time.perf_counter() - start  # the device has been waited for
+            if not math.isfinite(value):
+                raise RuntimeError(f"Step {step}: loss {value}. Try a lower base_lr or a longer warm-up.")
+            speed = (step - first) * plan.images_per_step / taken
+            log.write({"step": step, "loss": value, "learning_rate": rate, "images_per_second": speed})
+            if evaluation_due and (accuracies := judge(model)):
+                log.write({"step": step} | accuracies)
+            seconds, start, first = seconds + taken, time.perf_counter(), step
+    return seconds
+
+
+def training_batches(config: ComparisonConfig, source: ImageSource, plan: Plan) -> Iterator[Batch]:
+    """Those of the whole run, each decoded batch `views_per_decode` times, with a progress bar."""
     order = TrainingOrder(source, plan.forward_images, config.seed, config.shuffle_window)
     transform = transform_of(config, height_and_width(config.model_config().image_size))
     images = batches(TrainingBatches(order, transform, 0, plan.forward_images), config.num_workers)
-    metrics = (Path(config.output_dir) / "metrics.jsonl").open("w")
-    start = time.perf_counter()
-    for step, batch in enumerate(tqdm(islice(images, plan.total_steps), total=plan.total_steps, unit="step")):
-        with accelerator.autocast():
-            loss = model(batch.to(accelerator.device))
-        if not loss.isfinite():
-            raise RuntimeError(f"Step {step + 1}: loss {loss.item()}. Try a lower base_lr or a longer warm-up.")
-        loss.backward()
-        epoch = step / plan.forwards_per_epoch
-        rate = learning_rate(epoch, plan.peak_lr, config.warmup_epochs, config.epochs, config.min_lr)
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % config.logging_steps == 0 or step + 1 == plan.total_steps:
-            metrics.write(json.dumps({"step": step + 1, "loss": loss.item(), "learning_rate": rate}) + "\n")
-    metrics.close()
-    return time.perf_counter() - start
+    used = (batch for batch in images for _ in range(config.views_per_decode))
+    yield from tqdm(islice(used, plan.total_steps), total=plan.total_steps, unit="step")
 
 
 def facts(config: ComparisonConfig, source: ImageSource, plan: Plan, seconds: float) -> dict[str, Any]:
@@ -90,7 +158,7 @@ def main(config: ComparisonConfig) -> None:
     num_labels = len(class_names(source)) if config.method == "supervised" else 0
     model = build_method(config, num_labels)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    seconds = train(config, accelerator, source, model, plan)
+    seconds = train(config, accelerator, source, model, plan, Judge(config, accelerator, source))
     folder = Path(config.output_dir) / "model"
     save_model(model.encoder(), folder, facts(config, source, plan, seconds))
     print(f"{plan.total_steps} steps of {config.method} in {seconds:.0f} seconds; model: {folder}")  # noqa: T201

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_micl import MiclConfig, MiclForImageClassification, MiclModel, micl_loss
 from modeling_micl.modeling_micl import sincos_position_embeddings
@@ -69,7 +69,6 @@ class Mae(nn.Module):
                 decoder_intermediate_size=4 * config.decoder_width,
             )
         )
-        self.model.set_attn_implementation("eager")
         self._initialise(wanted)
 
     @torch.no_grad()
@@ -89,6 +88,12 @@ class Mae(nn.Module):
         loss: Tensor = self.model(normalize_pixels(batch.pixels)).loss
         return loss
 
+    @property
+    def network(self) -> PreTrainedModel:
+        """All of it that has attention."""
+        network: PreTrainedModel = self.model
+        return network
+
     def encoder(self) -> MiclModel:
         """The encoder, in MiCL's class: the parameters have the same names."""
         encoder = MiclModel(self.config)
@@ -105,7 +110,6 @@ class SimClr(nn.Module):
     def __init__(self, config: ComparisonConfig) -> None:
         super().__init__()
         self.vit, self.temperature = MiclModel(config.model_config()), config.temperature
-        self.vit.set_attn_implementation("eager")
         width, hidden = config.hidden_size, config.projector_width
         self.projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
@@ -115,6 +119,11 @@ class SimClr(nn.Module):
         embeds = self.projector(self.vit(normalize_pixels(crops), cls_only=True).pooler_output).float()
         loss, _ = micl_loss(normalize(embeds, dim=-1).unflatten(0, (-1, 2)), self.temperature, similarity="cosine")
         return loss
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """All of it that has attention."""
+        return self.vit
 
     def encoder(self) -> MiclModel:
         """The encoder, without the projector."""
@@ -129,11 +138,15 @@ class Supervised(nn.Module):
         model = config.model_config()
         model.num_labels, model.classifier_pooling = num_labels, "cls"
         self.model = MiclForImageClassification(model)
-        self.model.set_attn_implementation("eager")
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss."""
         return cross_entropy(self.model(normalize_pixels(batch.pixels)).logits.float(), batch.labels)
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """All of it that has attention."""
+        return self.model
 
     def encoder(self) -> MiclModel:
         """The encoder, without the head."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from training.allocator import keep_freed_memory
 from training.batch import Batch, concatenate, stack
 from training.images import Transform, decode_rgb, to_pixels
-from training.shared_memory import PREFETCHED, ReusedMemory
+from training.shared_memory import PREFETCHED, InReusedMemory, Receiver, ReusedMemory, Sent
 from training.skipped import SkippedImage, skipped_image
 from training.source import ImageSource, Row, evaluation_numbers
 from training.stream import StreamError
@@ -124,7 +124,7 @@ def _stand_in(place: int, attempt: int, length: int) -> int:
     return place if attempt == 0 else (place + length // 2 + attempt) % length
 
 
-class TrainingBatches(IterableDataset[Batch]):
+class TrainingBatches(InReusedMemory):
     """A process's places of every global batch, decoded and cropped; each worker does a contiguous part of them.
 
     Args:
@@ -223,21 +223,28 @@ def decode(source: ImageSource, transform: Transform, rows: list[tuple[int, Row]
 def batches(dataset: IterableDataset[Batch], num_workers: int) -> Iterator[Batch]:
     """Run a dataset in worker processes; the workers' parts of a step are put together in order."""
     if not isinstance(dataset, TrainingBatches):
-        yield from run_in_workers(dataset, num_workers)
+        yield from run_in_workers(dataset, num_workers, pin_memory=torch.cuda.is_available())
         return
     num_workers = min(num_workers, dataset.last - dataset.first)
-    loaded = run_in_workers(dataset, num_workers)
+    loaded = received(dataset, num_workers)
     while parts := list(islice(loaded, max(num_workers, 1))):
         yield concatenate(parts)
 
 
-def run_in_workers(dataset: IterableDataset[Item], num_workers: int) -> Iterator[Item]:
+def received(dataset: InReusedMemory, num_workers: int) -> Iterator[Batch]:
+    """The workers' parts of each step, taking turns, in memory that they use again: copy what is to be kept."""
+    if num_workers == 0:
+        return run_in_workers(dataset, 0)
+    return map(Receiver().unpack, run_in_workers(Packed(dataset), num_workers))
+
+
+def run_in_workers(dataset: IterableDataset[Item], num_workers: int, pin_memory: bool = False) -> Iterator[Item]:
     """What a dataset yields in worker processes, taking turns; 0 runs it in this one."""
     loader = DataLoader(
         WithErrors(dataset),
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         prefetch_factor=PREFETCHED if num_workers else None,
     )
@@ -245,6 +252,17 @@ def run_in_workers(dataset: IterableDataset[Item], num_workers: int) -> Iterator
         if isinstance(item, StreamError):
             raise item
         yield item
+
+
+class Packed(IterableDataset[Sent]):
+    """Batches as a worker sends them."""
+
+    def __init__(self, dataset: InReusedMemory) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Sent]:
+        worker, _ = worker_number()
+        return (self.dataset.memory.pack(worker, batch) for batch in self.dataset)
 
 
 class WithErrors(IterableDataset[Item | StreamError]):

@@ -41,7 +41,7 @@ class EncodedBatch(Batch):
     """A batch of n images, some of them JPEGs; `pixels` are those of the others, in their order.
 
     Attributes:
-        content: uint8, the JPEGs, one behind the other. A tensor of each would take a file descriptor each to send.
+        content: uint8, the JPEGs, one behind the other.
         sizes: (n,) int64, bytes of each image's JPEG; 0 where it is in `pixels`.
         boxes: (n, 4) int64, left, top, right, bottom of its crop in pixels.
         flips: (n,) bool, whether the crop is mirrored.
@@ -72,12 +72,14 @@ class EncodedBatches(TrainingBatches):
         decoded = [one for one in images if not isinstance(one[0], EncodedCrop)]
         nothing = EncodedCrop(b"", (0, 0, 0, 0), flip=False)
         crops = [image if isinstance(image, EncodedCrop) else nothing for image, _, _ in images]
+        content = self.memory.take(sum(len(crop.content) for crop in crops))
+        np.concatenate([np.frombuffer(crop.content, np.uint8) for crop in crops], out=content.numpy())
         return EncodedBatch(
             pixels=stack(decoded, []).pixels if decoded else torch.empty(0, *self.transform.size, 3).byte(),
             labels=torch.tensor([label for _, label, _ in images]),
             index=torch.tensor([index for _, _, index in images]),
             broken=broken,
-            content=torch.from_numpy(np.concatenate([np.frombuffer(crop.content, np.uint8) for crop in crops])),
+            content=content,
             sizes=torch.tensor([len(crop.content) for crop in crops]),
             boxes=torch.tensor([crop.box for crop in crops]),
             flips=torch.tensor([crop.flip for crop in crops]),

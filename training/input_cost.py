@@ -24,7 +24,6 @@ import skimage.data
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch.utils.data import IterableDataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 from torchvision.transforms.functional import InterpolationMode
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -32,13 +31,13 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from training.batch import Batch, concatenate
 from training.checks import Checks
 from training.config import setting
-from training.data import TrainingBatches, TrainingOrder, batches, run_in_workers
+from training.data import TrainingBatches, TrainingOrder, batches, received
 from training.device_decoding import decode_on_device
 from training.encoded import EncodedBatches
 from training.images import CropAndFlip, Pixels, decode_rgb, random_crop_box, to_pixels
 from training.monitor import usable_cores
 from training.photos import PHOTOS
-from training.shared_memory import PLACES, ReusedMemory
+from training.shared_memory import PLACES, InReusedMemory, ReusedMemory
 from training.source import ImageSource, Row, open_source
 from training.timing import per_image
 
@@ -103,16 +102,15 @@ def photographs(width: int, height: int) -> Iterator[Path]:
         yield Path(folder)
 
 
-class Ready(IterableDataset[Batch]):
+class Ready(InReusedMemory):
     """Batches of images that are decoded and cropped already, without end."""
 
     def __init__(self, images: Stacked) -> None:
-        self.images = images
+        self.images, self.memory = images, ReusedMemory()
 
     def __iter__(self) -> Iterator[Batch]:
-        memory = ReusedMemory()
         while True:
-            yield memory.stack(self.images, [])
+            yield self.memory.stack(self.images, [])
 
 
 class InputCost:
@@ -178,7 +176,7 @@ class InputCost:
 
     def send(self) -> float:
         """Ready batches, stacked by a worker, as they come to this process."""
-        return self._seconds(run_in_workers(Ready(self.stacked), 1))
+        return self._seconds(received(Ready(self.stacked), 1))
 
     def _seconds(self, loaded: Iterator[Batch]) -> float:
         for _ in range(self.config.warm_up):

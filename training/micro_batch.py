@@ -9,7 +9,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from training.batch_size import divisors
-from training.cached import RandomState
+from training.cached import TOGETHER, RandomState
 
 
 def largest_micro_batch(accelerator: Accelerator, images: int, attempt: Callable[[int], None]) -> int:
@@ -72,6 +72,8 @@ def find_micro_batch(
         for _ in range(2):  # the gradients, which come with the first pass, are there in the second
             with accelerator.no_sync(model):
                 accelerator.backward(embed(size).sum())
+        with torch.no_grad():  # in a model of few layers this takes more
+            embed(min(TOGETHER * size, images))
         del moments
 
     try:

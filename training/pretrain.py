@@ -32,7 +32,7 @@ from training.processes import lost_processes, start_accelerator
 from training.results import TRAINED, add_results, save_model, training_facts
 from training.run import Model, Run, summary
 from training.scores import final_scores, frozen_scores, knn_results, knn_table
-from training.source import ImageSource, evaluation_split, open_split
+from training.source import ImageSource, open_evaluation, open_split
 from training.start import load_start, start_from
 from training.stop import STOPPED_STATUS, StopRequest
 from training.uploads import Uploads
@@ -129,10 +129,8 @@ def write_model(run: Run, model: Model) -> Path:
 
 def open_sources(config: PretrainConfig) -> tuple[ImageSource, ImageSource | None]:
     """The training images and, if there is a labelled split for it, those that kNN classifies."""
-    source, split = open_split(config, config.split, config.max_images), evaluation_split(config)
-    if config.knn_images == 0 or source.label_column is None or split is None:
-        return source, None
-    return source, open_split(config, split)
+    source = open_split(config, config.split, config.max_images)
+    return source, open_evaluation(config, source) if config.knn_images else None
 
 
 def untrained_model(config: PretrainConfig) -> MiclForPreTraining:

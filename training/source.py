@@ -208,6 +208,12 @@ def evaluation_split(settings: DataSettings) -> str | None:
     return next((name for name in ("validation", "test") if name in splits), None)
 
 
+def open_evaluation(settings: DataSettings, source: ImageSource) -> ImageSource | None:
+    """The split to evaluate on, None where there is none or the training images have no labels."""
+    split = evaluation_split(settings)
+    return None if source.label_column is None or split is None else open_split(settings, split)
+
+
 def _files_of(builder: datasets.DatasetBuilder, split: str) -> list[str]:
     files = builder.config.data_files or {}
     return [str(file) for file in files.get(split, [])]

@@ -1,13 +1,13 @@
 """What a training step costs in time and memory: the model, optimiser and losses of training, on random images.
 
-Peak memory is measured in a process of its own for every way to make the step, over two steps (the first makes the
-gradients and AdamW's moments, the second has them from its start):
+Peak memory is measured for every way to make the step, over two steps (the first makes the gradients and AdamW's
+moments, the second has them from its start):
 
-- on a CUDA GPU it is `torch.cuda.max_memory_allocated()`: all that PyTorch holds, weights included;
-- on the CPU it is the growth of the process's peak resident set, `getrusage(RUSAGE_SELF).ru_maxrss` after the steps
-  minus before the first: gradients, moments and activations, and some code that is loaded then, but neither weights
-  nor images, which are there before. There glibc is told to give back the memory of each freed tensor at once; by
-  itself it keeps a changing part of it, which blurs what is compared.
+- on a CUDA GPU it is `torch.cuda.max_memory_allocated()`: all that PyTorch holds for it, weights included;
+- on the CPU, in a process of its own, it is the growth of the process's peak resident set,
+  `getrusage(RUSAGE_SELF).ru_maxrss` after the steps minus before the first: gradients, moments and activations, and
+  some code that is loaded then, but neither weights nor images, which are there before. There glibc is told to give
+  back the memory of each freed tensor at once; by itself it keeps a changing part of it, which blurs what is compared.
 
 So the ratios of one device can be compared, not the numbers of the two.
 """
@@ -23,7 +23,7 @@ from multiprocessing import get_context
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.functional import normalize
 
 from modeling_micl import MiclConfig, MiclForPreTrainingOutput
@@ -105,18 +105,19 @@ def peak_memories(device: torch.device, builds: Sequence[Callable[[], Step]]) ->
 
     Args:
         device: that they run on.
-        builds: each makes a step in a process of its own, so that it must be picklable.
+        builds: each makes a step, on the CPU in a process of its own, so that it must be picklable.
 
     Raises:
         RuntimeError: if a process is ended for want of memory, as systems do on the CPU.
     """
-    # A process that is started by another takes over its ru_maxrss, one that the fork server makes does not; but CUDA
-    # cannot be used in a fork.
-    context = get_context("spawn" if device.type == "cuda" else "forkserver")
+    if device.type == "cuda":
+        return [_peak_of_gpu(build) for build in builds]
+    # A process that is started by another takes over its ru_maxrss, one that the fork server makes does not.
+    context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as processes:
         try:
-            return [processes.submit(_peak_memory, build).result() for build in builds]
+            return [processes.submit(_peak_of_process, build).result() for build in builds]
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "A process was ended from outside, most likely for want of memory: measure fewer images at once."
@@ -128,18 +129,31 @@ def way_step(mixed_precision: str, config: MiclConfig, way: Way) -> Step:
     return partial(Learner(Accelerator(mixed_precision=mixed_precision), config, way.images).step, way)
 
 
-def _peak_memory(build: Callable[[], Step]) -> int | None:
+def _peak_of_gpu(build: Callable[[], Step]) -> int | None:
+    clear_device_cache(garbage_collection=True)  # of the step before
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fits = _fits(build())
+    return torch.cuda.max_memory_allocated() - held if fits else None
+
+
+def _peak_of_process(build: Callable[[], Step]) -> int | None:
     give_back_freed_memory()
     step = build()
     before = _peak_resident_set()
+    return _peak_resident_set() - before if _fits(step) else None
+
+
+def _fits(step: Step) -> bool:
+    """Make two steps; returns whether the memory sufficed."""
     try:
         for _ in range(2):
             step()
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
-        return None
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else _peak_resident_set() - before
+        return False
+    return True
 
 
 def _peak_resident_set() -> int:

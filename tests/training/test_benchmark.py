@@ -110,7 +110,7 @@ def end_at_once(*_: Any) -> None:
 
 
 def test_a_process_that_is_ended_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_cost, "_peak_memory", end_at_once)
+    monkeypatch.setattr(step_cost, "_peak_of_process", end_at_once)
     with pytest.raises(RuntimeError, match="fewer images at once"):
         peak_memories(torch.device("cpu"), [partial(way_step, "no", MiclConfig(), Way(2, 2))])
 

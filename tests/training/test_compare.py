@@ -18,6 +18,8 @@ from training.config import PretrainConfig
 from training.features import normalize_pixels
 from training.log_files import read_metrics
 from training.monitor import gigaflop_per_image
+from training.run import make_plan
+from training.source import open_source
 
 
 Settings = Callable[..., PretrainConfig]
@@ -137,3 +139,33 @@ def test_what_only_pretraining_does_is_refused(compared: Compared, no_accelerato
         compare.main(compared(method="mae", gradient_accumulation_steps=2))
     with pytest.raises(ValueError, match="decode_on_gpu=True is for training.pretrain alone"):
         compare.main(compared(method="mae", decode_on_gpu=True))
+
+
+def test_evaluations_are_logged_and_leave_training_as_it_is(
+    compared: Compared, write_shards: Callable[..., Path], no_accelerator: Callable[[], None], tmp_path: Path
+) -> None:
+    write_shards(32, labels=2)
+    write_shards(12, split="test", labels=2)
+    logs = []
+    for name, changes in {"without": {}, "with": {"knn_epochs": 2, "knn_images": 20, "online_probe": True}}.items():
+        no_accelerator()
+        compare.main(compared(method="mae", mask_ratio=0.75, epochs=4, output_dir=str(tmp_path / name), **changes))
+        logs.append(read_metrics(tmp_path / name / "metrics.jsonl"))
+    without, found = ([(entry["step"], entry["loss"]) for entry in log if "loss" in entry] for log in logs)
+    assert found == without
+    judged = [entry for entry in logs[1] if "loss" not in entry]
+    assert [entry["step"] for entry in judged] == [8, 16]
+    kinds = {"knn_accuracy", "knn_accuracy_mean", "probe_accuracy", "probe_accuracy_mean"}
+    assert all(entry.keys() == {"step", *kinds} for entry in judged)
+
+
+def test_a_decoded_batch_is_used_as_often_as_asked(compared: Compared, write_shards: Callable[..., Path]) -> None:
+    write_shards(32)
+    config = compared(method="mae", views_per_decode=3, epochs=2)
+    source = open_source(config.dataset)
+    seen = [
+        batch.index.tolist()
+        for batch in compare.training_batches(config, source, make_plan(config, source.num_images, processes=1))
+    ]
+    assert len(seen) == 8
+    assert seen[0] == seen[1] == seen[2] != seen[3] == seen[5] != seen[6]

@@ -35,17 +35,17 @@ def prepared(model: MiclForPreTraining) -> tuple[Accelerator, Any]:
 
 
 class Memory:
-    """Stands in for a device with room for so many images, and fails as CUDA does."""
+    """Stands in for a device with room for so many images with and without graph, and fails as CUDA does."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, images: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, images: int, without_graph: int = 100) -> None:
         self.tried: list[int] = []
         forward = MiclForPreTraining.forward
 
         def limited(model: MiclForPreTraining, pixel_values: Tensor, *rest: Any, **options: Any) -> Any:
             if torch.is_grad_enabled():
                 self.tried.append(len(pixel_values))
-                if len(pixel_values) > images:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            if len(pixel_values) > (images if torch.is_grad_enabled() else without_graph):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
             return forward(model, pixel_values, *rest, **options)
 
         monkeypatch.setattr(MiclForPreTraining, "forward", limited)
@@ -59,6 +59,13 @@ def test_the_largest_divisor_that_fits_is_found(
     assert search(tiny_model(MiclForPreTraining)) == found
     larger = [size for size in (12, 6, 4, 3, 2, 1) if size > found]
     assert memory.tried == [*larger, found, found]
+
+
+def test_what_goes_through_together_without_graph_must_fit_too(
+    tiny_model: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Memory(monkeypatch, images=6, without_graph=11)
+    assert search(tiny_model(MiclForPreTraining)) == 2  # four times three were twelve
 
 
 def search(model: MiclForPreTraining) -> int:
@@ -100,13 +107,13 @@ def test_the_search_leaves_room_for_what_the_optimizer_will_keep(
 
     monkeypatch.setattr(torch, "empty_like", note)
     find_micro_batch(accelerator, model, optimizer, embed, 1)
-    assert held == [2 * weights] * 2
+    assert held == [2 * weights] * 3
     model(torch.randn(2, 3, 32, 32)).loss.backward()
     optimizer.step()
     model.zero_grad()
     made.clear()
     find_micro_batch(accelerator, model, optimizer, embed, 1)
-    assert held[2:] == [0] * 2
+    assert held[3:] == [0] * 3
 
 
 def test_a_model_that_never_fits_is_an_error(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
