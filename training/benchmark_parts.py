@@ -50,7 +50,7 @@ class Part(Generic[Kind]):
     columns: Columns
 
 
-TIME: Columns = {"ms per image": ("ms_per_image", ".2f"), "interquartile range": ("ms_per_image_iqr", ".2f")}
+TIME: Columns = {"ms per image": ("ms_per_image", ".4g"), "interquartile range": ("ms_per_image_iqr", ".2g")}
 BATCH: Columns = {"contrastive batch": ("images", "")}
 MEMORY: Columns = {"peak MiB": ("peak_memory_mib", ".0f")}
 PARTS: dict[str, Part[Any]] = {
@@ -77,7 +77,7 @@ PARTS: dict[str, Part[Any]] = {
         measure_phases,
         {"ViT": ("size", ""), "mask ratio": ("mask_ratio", ""), "precision": ("precision", "")}
         | {"compiled": ("compiled", ""), "images": ("images", "")}
-        | {"share of the matmul's rate": ("matmul_share", ".0%"), "images/s": ("images_per_second", ".1f")}
+        | {"share of the matmul's rate": ("matmul_share", ".0%"), "images/s": ("images_per_second", ",.1f")}
         | {"GFLOP per image": ("gigaflop_per_image", ".1f"), "GFLOP/s": ("gigaflop_per_second", ".0f")}
         | {"forward": ("forward_ms", ".0f"), "backward": ("backward_ms", ".0f"), "optimiser": ("optimizer_ms", ".0f")}
         | TIME
@@ -94,7 +94,7 @@ PARTS: dict[str, Part[Any]] = {
         | {"decoding processes": ("num_workers", ""), "loop / bare step": ("time_ratio", ".2f")}
         | {"waiting": ("data_wait", ".1%"), "overhead": ("overhead", ".1%")}
         | TIME
-        | {"bare step": ("step_ms_per_image", ".2f")},
+        | {"bare step": ("step_ms_per_image", ".4g")},
     ),
     "input": Part(
         "The input pipeline",

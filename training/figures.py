@@ -165,6 +165,30 @@ def save_occlusion(
     _finish(figure, path)
 
 
+def save_courses(path: Path, curves: dict[str, tuple[list[float], list[float], list[float]]]) -> None:
+    """Accuracy against the time and the compute of training, a curve for each method and way to judge it.
+
+    Args:
+        path: PNG to write.
+        curves: minutes, GFLOP and accuracies in [0, 1], by the curve's name: method, colon, what it shows.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    methods = list(dict.fromkeys(name.split(":")[0] for name in curves))
+    shown = list(dict.fromkeys(name.split(":")[1] for name in curves))
+    for name, (minutes, gigaflop, values) in curves.items():
+        method, what = name.split(":")
+        style = {"color": f"C{methods.index(method)}", "linestyle": ("-", "--", ":", "-.")[shown.index(what)]}
+        for axis, places in zip(axes, (minutes, gigaflop), strict=True):
+            axis.plot(places, values, label=name, marker="o", markersize=3, **style)
+    for axis, title in zip(axes, ("minutes of training", "GFLOP of training"), strict=True):
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3)
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[0].set_ylabel("top-1 accuracy")
+    axes[1].legend(fontsize=8)
+    _finish(figure, path)
+
+
 def axes_off(axes: list[Axes]) -> None:
     """Hide ticks and frames."""
     for axis in axes:
