@@ -119,12 +119,23 @@ def provenance() -> dict[str, Any]:
 
 @cache
 def _commit() -> str | None:
-    """The commit of the checkout that this runs from, with a mark if files were changed; None if it is none."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    """The commit of the checkout that this runs from, None if it is none.
+
+    With a mark if files were changed, but for those that programs here write: documents, measurements and pictures.
+    """
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    written = [f":!*.{kind}" for kind in ("md", "json", "png")]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changed = (
+            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", ".", *written],
+            )
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit
 
 
 def _processor() -> str:

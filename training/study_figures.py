@@ -107,22 +107,29 @@ def beside(cell: Record, names: list[str]) -> str:
 
 
 def draw_compute(axis: Axes, scores: Scores, cells: list[Record]) -> None:
-    """Accuracy against GFLOP, a line for each combination of the other settings."""
+    """Accuracy of the better features against GFLOP, a line for each combination of the other settings."""
     others = [name for name in cells[0]["values"] if name not in BUDGETS]
     for line in dict.fromkeys(beside(cell, others) for cell in cells):
         drawn = [cell["point"] for cell in cells if beside(cell, others) == line and scores.of(cell["point"])]
+        columns = [(scores.best([point])[1], "knn") for point in drawn]
         axis.errorbar(
             [mean(run["gigaflop"] for run in scores.of(point)) for point in drawn],
-            [mean(scores.values(point, ("cls", "knn"))) for point in drawn],
-            [scores.spread(("cls", "knn")) / len(scores.of(point)) ** 0.5 for point in drawn],
+            [mean(scores.values(point, column)) for point, column in zip(drawn, columns, strict=True)],
+            [
+                scores.spread(column) / len(scores.of(point)) ** 0.5
+                for point, column in zip(drawn, columns, strict=True)
+            ],
             marker="o",
             markersize=3,
             capsize=2,
             label=line,
         )
     axis.set_xscale("log")
+    if budgets := sorted({float(cell["values"]["gigaflop"]) for cell in cells if "gigaflop" in cell["values"]}):
+        axis.set_xticks(budgets, [f"{budget:,g}" for budget in budgets])
+        axis.set_xticks([], minor=True)
     axis.set_xlabel("GFLOP of pre-training", fontsize=8)
-    axis.set_ylabel("kNN, [CLS], held out (%)", fontsize=8)
+    axis.set_ylabel("kNN, [CLS] or mean, held out (%)", fontsize=8)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, title=", ".join(others), title_fontsize=7)
 

@@ -106,15 +106,24 @@ def render(records: list[Record]) -> str:
     return "\n".join([HEAD, *(section(record) for record in records)])
 
 
+def budgets(record: Record) -> str:
+    """What each run may take, in words; of several where that is varied."""
+    ((name, common),) = record["budget"].items()
+    cells = [cell["values"] for cells in record["grids"].values() for cell in cells]
+    varied = [values[name] for values in cells if name in values] + list(record["factors"].get(name, ()))
+    *others, most = (f"{value:,.6g}" for value in sorted({float(common), *map(float, varied)}))
+    words = f"{', '.join(others)} or {most}" if others else most
+    return f"{words} {name.replace('gigaflop', 'GFLOP')}"
+
+
 def section(record: Record) -> str:
     """One study."""
-    budget = ", ".join(f"{value:,.6g} {name}" for name, value in record["budget"].items())
     seeds = ", ".join(map(str, record["seeds"]))
     total = sum(run["seconds"] for run in record["runs"])
     judged = f"judged by up to {record['judge_images']:,} images of each split of" if has_labels(record) else "images:"
     facts = [
         f"`{record['command']}`",
-        f"{len(record['runs'])} runs of {budget.replace('gigaflop', 'GFLOP')} each around `{record['recipe']}`"
+        f"{len(record['runs'])} runs of {budgets(record)} each around `{record['recipe']}`"
         f"{changed(record['common'])}; seeds {seeds}; {total / 60:.0f} minutes of training; {judged} "
         f"`{record['dataset']}`, "
         f"every {record['held_out']}th train image held out.",

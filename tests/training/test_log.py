@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,6 +147,28 @@ def test_the_peak_is_the_best_of_several_and_draws_nothing_from_training(monkeyp
     assert matmul_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3
     assert torch.equal(before, torch.get_rng_state())
     assert list(times) == []
+
+
+def test_a_changed_program_is_marked_and_new_results_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=someone", "-c", "user.email=someone@example.com"]
+        return subprocess.run(
+            ["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True, text=True
+        ).stdout
+
+    monkeypatch.setattr(monitor, "__file__", str(tmp_path / "training" / "monitor.py"))
+    (tmp_path / "training").mkdir()
+    for name in ("monitor.py", "RESULTS.md", "step.json"):
+        (tmp_path / "training" / name).write_text("as it was")
+    assert monitor._commit.__wrapped__() is None
+    git("init"), git("add", "."), git("commit", "--message=first")
+    commit = git("rev-parse", "HEAD")[:12]
+    (tmp_path / "training" / "RESULTS.md").write_text("found")
+    (tmp_path / "training" / "step.json").write_text("found")
+    (tmp_path / "training" / "new.yaml").write_text("not yet a part of it")
+    assert monitor._commit.__wrapped__() == commit
+    (tmp_path / "training" / "monitor.py").write_text("changed")
+    assert monitor._commit.__wrapped__() == f"{commit}-dirty"
 
 
 def test_numbers_come_with_hardware_and_versions() -> None:

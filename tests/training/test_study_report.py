@@ -13,7 +13,7 @@ from training import study_report
 from training.parser import parse_settings
 from training.study_figures import draw_compute, draw_factor, draw_grid, draw_methods
 from training.study_plan import Planner
-from training.study_report import RESULTS, Scores, read_records, render, section, write_record
+from training.study_report import RESULTS, Scores, budgets, read_records, render, section, write_record
 from training.study_settings import StudySettings
 
 
@@ -89,6 +89,13 @@ def test_the_table_of_a_factor_marks_the_centre_and_shows_it_where_it_is_no_valu
     assert rows[3][-5:] == ["0.50", "25 %", "1,000", "50", "3"]
     assert "**Failed:** temperature=0.4, seed 0: no memory" in text
     assert "5 runs of 50 GFLOP each" in text
+
+
+def test_all_budgets_are_named_where_they_differ() -> None:
+    cells = [{"values": {"gigaflop": value, "method": "mae"}, "point": "c"} for value in ("2000.0", "25")]
+    varied = record(*TWO_POINTS, grids={"compute": cells}, factors={"gigaflop": {"75": "x"}})
+    assert budgets(varied) == "25, 50, 75 or 2,000 GFLOP"
+    assert budgets(record(*TWO_POINTS)) == "50 GFLOP"
 
 
 GRID = [
