@@ -88,7 +88,7 @@ def train(
     if accelerator.device.type == "cpu":
         model.network.set_attn_implementation("eager")  # as `training.pretrain` does
     if config.torch_compile != "no":
-        model.compile(mode=config.torch_compile)
+        model.network.compile(mode=config.torch_compile)
     optimizer = build_optimizer(model, config.weight_decay, (config.adam_beta1, config.adam_beta2))
     log = MetricsLog(Path(config.output_dir) / "metrics.jsonl", 0)
     eval_every = max(round(config.knn_epochs * plan.forwards_per_epoch), 1) if config.knn_epochs else 0

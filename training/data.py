@@ -169,7 +169,7 @@ class TrainingBatches(InReusedMemory):
     def read(self, stored: dict[str, Any] | None) -> Callable[[np.random.Generator], Any]:
         """Decode an image; returns what crops it."""
         image = decode_rgb(stored)
-        return lambda rng: to_pixels(self.transform(image, rng))
+        return lambda rng: self.transform(image, rng)
 
     def stack(self, images: list[tuple[Any, int, int]], broken: list[SkippedImage]) -> Batch:
         """One batch of crops, labels and numbers."""

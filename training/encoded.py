@@ -19,7 +19,7 @@ from torch import Tensor
 
 from training.batch import Batch, stack
 from training.data import TrainingBatches
-from training.images import Box, CropAndFlip
+from training.images import Box, CropAndFlip, to_pixels
 from training.skipped import SkippedImage
 
 
@@ -69,7 +69,9 @@ class EncodedBatches(TrainingBatches):
 
     def stack(self, images: list[tuple[Any, int, int]], broken: list[SkippedImage]) -> EncodedBatch:
         """One batch of both kinds."""
-        decoded = [one for one in images if not isinstance(one[0], EncodedCrop)]
+        decoded = [
+            (to_pixels(crop), label, index) for crop, label, index in images if not isinstance(crop, EncodedCrop)
+        ]
         nothing = EncodedCrop(b"", (0, 0, 0, 0), flip=False)
         crops = [image if isinstance(image, EncodedCrop) else nothing for image, _, _ in images]
         content = self.memory.take(sum(len(crop.content) for crop in crops))

@@ -34,7 +34,7 @@ from training.config import setting
 from training.data import TrainingBatches, TrainingOrder, batches, received
 from training.device_decoding import decode_on_device
 from training.encoded import EncodedBatches
-from training.images import CropAndFlip, Pixels, decode_rgb, random_crop_box, to_pixels
+from training.images import CropAndFlip, decode_rgb, random_crop_box
 from training.monitor import usable_cores
 from training.photos import PHOTOS
 from training.shared_memory import PLACES, InReusedMemory, ReusedMemory
@@ -46,7 +46,7 @@ CORES = usable_cores()
 DISTINCT, ROWS_PER_SHARD, ROW_GROUP = 128, 1024, 100
 BARE, CHAIN = "plain loop: decode, crop", "torchvision's transforms"
 ON_DEVICE = "decoded on the GPU (whole program)"
-Stacked = list[tuple[Pixels, int, int]]
+Cropped = list[tuple[Image.Image, int, int]]
 
 
 @dataclass
@@ -105,7 +105,7 @@ def photographs(width: int, height: int) -> Iterator[Path]:
 class Ready(InReusedMemory):
     """Batches of images that are decoded and cropped already, without end."""
 
-    def __init__(self, images: Stacked) -> None:
+    def __init__(self, images: Cropped) -> None:
         self.images, self.memory = images, ReusedMemory()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -129,9 +129,9 @@ class InputCost:
         self.rows_without_end = self._rows()
         self.rows = list(islice(self.rows_without_end, self.images))
         self.decoded = [decode_rgb(source.image_of(row)) for row in self.rows[: config.batch_size]]
-        self.cropped = [self.transform(image, np.random.default_rng(n)) for n, image in enumerate(self.decoded)]
-        self.stacked: Stacked = [(to_pixels(image), -1, number) for number, image in enumerate(self.cropped)]
-        self.parts = [next(iter(Ready(self.stacked[part::2]))) for part in range(min(2, config.batch_size))]
+        crops = [self.transform(image, np.random.default_rng(n)) for n, image in enumerate(self.decoded)]
+        self.cropped: Cropped = [(image, -1, number) for number, image in enumerate(crops)]
+        self.parts = [next(iter(Ready(self.cropped[part::2]))) for part in range(min(2, config.batch_size))]
         steps = [RandomResizedCrop(self.size, (config.crop_min_scale, 1), interpolation=InterpolationMode.BICUBIC)]
         steps += [RandomHorizontalFlip(), ToTensor(), Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
         self.textbook = Compose(steps)
@@ -176,7 +176,7 @@ class InputCost:
 
     def send(self) -> float:
         """Ready batches, stacked by a worker, as they come to this process."""
-        return self._seconds(received(Ready(self.stacked), 1))
+        return self._seconds(received(Ready(self.cropped), 1))
 
     def _seconds(self, loaded: Iterator[Batch]) -> float:
         for _ in range(self.config.warm_up):
@@ -202,8 +202,7 @@ class InputCost:
             "crop, resize, flip": lambda: self._repeated(
                 lambda: [self.transform(image, np.random.default_rng((0, n))) for n, image in enumerate(self.decoded)]
             ),
-            "to arrays": lambda: self._repeated(lambda: [to_pixels(image) for image in self.cropped]),
-            "stack": lambda: self._repeated(lambda: ReusedMemory().stack(self.stacked, [])),
+            "stack": lambda: self._repeated(lambda: ReusedMemory().stack(self.cropped, [])),
             "stack in a worker, send": self.send,
             "put two parts together": lambda: self._repeated(lambda: concatenate(self.parts)),
         }

@@ -10,11 +10,11 @@ from math import prod
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training.batch import Batch
-from training.images import Pixels
 from training.skipped import SkippedImage
 
 
@@ -75,12 +75,13 @@ class ReusedMemory:
         """That of the place that was taken last."""
         return self.taken % PLACES
 
-    def stack(self, images: Sequence[tuple[Pixels, int, int]], broken: list[SkippedImage]) -> Batch:
-        """One batch of pixels, labels and numbers of images, equally many of one size each time."""
-        pixels, labels, index = zip(*images, strict=True)
-        stacked = self.take(len(pixels), *pixels[0].shape)
-        torch.stack([torch.as_tensor(one) for one in pixels], out=stacked)
-        return Batch(stacked, torch.tensor(labels), torch.tensor(index), broken)
+    def stack(self, images: Sequence[tuple[Image.Image, int, int]], broken: list[SkippedImage]) -> Batch:
+        """One batch of RGB images, labels and numbers, equally many of one size each time."""
+        crops, labels, index = zip(*images, strict=True)
+        pixels = self.take(len(crops), crops[0].height, crops[0].width, 3)
+        for place, crop in zip(pixels.numpy(), crops, strict=True):
+            place[:] = crop  # Pillow's bytes are copied here, and nowhere else
+        return Batch(pixels, torch.tensor(labels), torch.tensor(index), broken)
 
     def pack(self, worker: int, batch: Batch) -> Sent:
         """A batch to be sent, of which one tensor at most is in the place that was taken last."""

@@ -169,3 +169,19 @@ def test_a_decoded_batch_is_used_as_often_as_asked(compared: Compared, write_sha
     ]
     assert len(seen) == 8
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[5] != seen[6]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_has_attention_is_compiled_if_asked_for(
+    method: str,
+    compared: Compared,
+    write_shards: Callable[..., Path],
+    no_accelerator: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_shards(16, labels=2)
+    compiled: list[tuple[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compiled.append((type(self).__name__, mode)))
+    compare.main(compared(method=method, mask_ratio=0.75, epochs=2, torch_compile="reduce-overhead"))
+    names = {"mae": "ViTMAEForPreTraining", "simclr": "MiclModel", "supervised": "MiclForImageClassification"}
+    assert compiled == [(names[method], "reduce-overhead")]

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import IterableDataset
 
 from training import shared_memory
@@ -28,7 +28,7 @@ class Places(IterableDataset[tuple[bool, int]]):
     def __iter__(self) -> Iterator[tuple[bool, int]]:
         memory = ReusedMemory()
         for value in range(STEPS):
-            stacked = memory.stack([(np.full((2, 2, 3), value, np.uint8), 0, 0)] * 3, []).pixels
+            stacked = memory.stack([(Image.new("RGB", (2, 2), (value,) * 3), 0, 0)] * 3, []).pixels
             assert stacked.eq(value).all()
             yield stacked.is_shared(), stacked.data_ptr()
 
