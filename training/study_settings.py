@@ -88,6 +88,8 @@ class StudySettings(Checks):
         self.factor_points(), self.grid_points()
         if self.mapping("trials") and (self.mapping("factors") or self.mapping("grids")):
             raise ValueError("trials compare methods, factors and grids vary one: make two studies.")
+        if self.mapping("trials") and not self.labels:
+            raise ValueError("trials are chosen by their accuracies, and labels=False says that these mean nothing.")
         trials = self.trial_points()
         methods = {str(changes["method"]) for points in trials.values() for _, changes in points}
         if unknown := methods - set(METHODS):

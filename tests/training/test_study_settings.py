@@ -54,6 +54,7 @@ def test_trials_know_their_method() -> None:
         ({"trials": {"moco": {"base_lr": [1]}}}, "no method 'moco': choose among micl, mae"),
         ({"trials": {"mae": {"base_lr": [1]}, "micl": {"base_lr": [1, 2]}}}, "equally many.*'mae': 1, 'micl': 2"),
         ({"trials": {"mae": {"base_lr": [1]}}, "factors": {"base_lr": [1]}}, "trials.*factors"),
+        ({"trials": {"mae": {"base_lr": [1]}}, "labels": False}, "trials are chosen by.*labels=False"),
         ({"seeds": [0, 1], "final_seeds": [1]}, "none in both"),
         ({"seeds": []}, "some of the first"),
         ({"held_out": 1}, "held_out must be at least 2"),
