@@ -46,21 +46,25 @@ class CoursesConfig(Checks):
                 raise ValueError(f"runs: there is no finished run in {run!r}.")
 
 
+# Minutes of training, GFLOP of training and accuracies in [0, 1], equally many
+Curve = tuple[list[float], list[float], list[float]]
+
+
 @dataclass
 class Course:
     """What a run found on its way.
 
     Attributes:
         method: by which it was trained.
-        minutes: of training until each evaluation.
-        gigaflop: the same in compute.
-        accuracies: in [0, 1] at each evaluation, by the name in the log.
+        minutes: that training took.
+        gigaflop: of all its steps.
+        curves: by the name in the log.
     """
 
     method: str
-    minutes: list[float]
-    gigaflop: list[float]
-    accuracies: dict[str, list[float]]
+    minutes: float
+    gigaflop: float
+    curves: dict[str, Curve]
 
 
 def read_course(run: Path) -> Course:
@@ -68,26 +72,24 @@ def read_course(run: Path) -> Course:
     training: dict[str, Any] = read_evaluation(run / "model")["training"]
     config = ComparisonConfig(**training["settings"])
     images_per_step, cost = training["plan"]["images_per_step"], gigaflop_per_trained_image(config)
-    course, seconds, step = Course(config.method, [], [], {}), 0.0, 0
+    seconds, step, curves = 0.0, 0, dict[str, Curve]()
     for entry in read_metrics(run / "metrics.jsonl"):
         if "images_per_second" in entry:
             seconds += (entry["step"] - step) * images_per_step / entry["images_per_second"]
             step = entry["step"]
-        elif found := {name: entry[name] for name in SHOWN if name in entry}:
-            course.minutes.append(seconds / 60)
-            course.gigaflop.append(entry["step"] * images_per_step * cost)
-            for name, value in found.items():
-                course.accuracies.setdefault(name, []).append(value)
-    return course
+        for name in SHOWN.keys() & entry.keys():
+            point = seconds / 60, entry["step"] * images_per_step * cost, entry[name]
+            for values, value in zip(curves.setdefault(name, ([], [], [])), point, strict=True):
+                values.append(value)
+    return Course(config.method, seconds / 60, step * images_per_step * cost, curves)
 
 
 def table(courses: list[Course]) -> str:
-    """What each run had in the end."""
+    """What each run found last."""
     rows = []
     for course in courses:
-        accuracies = [course.accuracies.get(name) for name in SHOWN]
-        cells = [f"{100 * values[-1]:.1f}" if values else "–" for values in accuracies]
-        rows.append([course.method, f"{course.minutes[-1]:.1f}", f"{course.gigaflop[-1]:,.0f}", *cells])
+        cells = [f"{100 * course.curves[name][2][-1]:.1f}" if name in course.curves else "–" for name in SHOWN]
+        rows.append([course.method, f"{course.minutes:.1f}", f"{course.gigaflop:,.0f}", *cells])
     return markdown_table(["method", "minutes", "GFLOP", *SHOWN.values()], rows)
 
 
@@ -95,12 +97,13 @@ def main(config: CoursesConfig) -> None:
     """Read, draw and print."""
     courses = [read_course(Path(run)) for run in config.runs]
     for run, course in zip(config.runs, courses, strict=True):
-        if not course.accuracies:
+        if not course.curves:
             raise ValueError(f"runs: nothing was evaluated amid the training of {run!r} (--knn_epochs).")
     curves = {
-        f"{course.method}: {SHOWN[name]}": (course.minutes, course.gigaflop, values)
+        f"{course.method}: {words}": course.curves[name]
         for course in courses
-        for name, values in course.accuracies.items()
+        for name, words in SHOWN.items()
+        if name in course.curves
     }
     save_courses(Path(config.output), curves)
     print(table(courses))  # noqa: T201
