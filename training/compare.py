@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from modeling_micl.configuration_micl import height_and_width
 from training.batch import Batch
-from training.comparison import ComparisonConfig, Method, build_method, transform_of
+from training.comparison import NAMES, ComparisonConfig, Method, build_method, transform_of
 from training.data import TrainingBatches, TrainingOrder, batches
 from training.features import extract_features
 from training.labels import class_names
@@ -129,6 +129,8 @@ def facts(config: ComparisonConfig, source: ImageSource, plan: Plan, seconds: fl
     seen = plan.total_steps * plan.images_per_step
     return {
         "program": "training.compare",
+        "method": NAMES[config.method],
+        "protocol": f"pre-training by {NAMES[config.method]}",
         "command": shlex.join(["python", "-m", "training.compare", *sys.argv[1:]]),
         "settings": config.to_dict(),
         "plan": asdict(plan),

@@ -20,6 +20,7 @@ from training.monitor import gigaflop_per_image, layers_gigaflop
 
 
 METHODS = ("micl", "mae", "simclr", "supervised")
+NAMES = {"mae": "MAE", "simclr": "SimCLR", "supervised": "supervised training"}
 
 
 @dataclass

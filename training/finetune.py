@@ -7,6 +7,7 @@ import sys
 
 from training.augment import Augmentation
 from training.classifier_config import FinetuneConfig
+from training.evaluation import stored_training
 from training.log import Logger, end_trackers
 from training.loop import train
 from training.optim import layer_decay_optimizer
@@ -38,8 +39,12 @@ class Finetune(Classify):
 
     def protocol(self) -> str:
         """How the model has been trained so far, in words."""
-        epochs = self.run.progress.forwards / self.run.plan.forwards_per_epoch
-        return f"fine-tuning for {epochs:.3g} epochs from {'random weights' if self.config.random_init else 'MiCL'}"
+        epochs, start = self.run.progress.forwards / self.run.plan.forwards_per_epoch, "random weights"
+        if not self.config.random_init:
+            start = (stored_training(str(self.config.model)) or {}).get(
+                "method", "MiCL"
+            )  # `training.compare` has others
+        return f"fine-tuning for {epochs:.3g} epochs from {start}"
 
     def after_checkpoint(self) -> None:
         """Send the model to the Hub, if asked for."""

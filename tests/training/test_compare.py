@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from classifier_runs import results, run_finetuning, write_colours
 from PIL import Image
 
 from modeling_micl import MiclModel
@@ -185,3 +186,16 @@ def test_what_has_attention_is_compiled_if_asked_for(
     compare.main(compared(method=method, mask_ratio=0.75, epochs=2, torch_compile="reduce-overhead"))
     names = {"mae": "ViTMAEForPreTraining", "simclr": "MiclModel", "supervised": "MiclForImageClassification"}
     assert compiled == [(names[method], "reduce-overhead")]
+
+
+def test_a_classifier_of_another_methods_encoder_says_so(
+    compared: Compared, no_accelerator: Callable[[], None], tmp_path: Path
+) -> None:
+    write_colours(tmp_path / "data", "train", 32)
+    write_colours(tmp_path / "data", "test", 21)
+    compare.main(compared(method="mae", mask_ratio=0.75, epochs=2))
+    run = run_finetuning(
+        tmp_path, model=str(tmp_path / "run" / "model"), output_dir=str(tmp_path / "fine"), epochs=1, warmup_epochs=0
+    )
+    assert results(run / "model")[0]["protocol"] == "fine-tuning for 1 epochs from MAE"
+    assert "| how | pre-training by MAE |" in (run / "model" / "README.md").read_text()
