@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 BEAT = 0.5  # seconds between two signs of life
 SILENT = 3.0  # seconds without one after which a process is lost, if another waits for it in vain
+PATIENCE = 10.0  # seconds for an answer of the store, which may only be slow: whoever gives up gives no more signs
 WARN = 60.0  # seconds without one after which a warning says so
 AT_WORK, GAVE_UP, DONE, FAILED = "at work", "gave up", "done", "failed"
 
@@ -84,7 +85,7 @@ class Peers:
             # Its own connection, as that of the process group may be waiting.
             patience = timedelta(seconds=WARN)  # all processes come at once, while they start
             store = dist.TCPStore(host, port, timeout=patience, wait_for_workers=False)  # type: ignore[attr-defined]
-            store.set_timeout(timedelta(seconds=SILENT))
+            store.set_timeout(timedelta(seconds=PATIENCE))
             for key in self.keys:
                 store.compare_set(key, "", f"0 {AT_WORK}")  # so that there is something to read
             beats, last = 0, False

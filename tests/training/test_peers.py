@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -66,6 +67,27 @@ def die(*processes: Peers) -> None:
     for process in processes:
         process.ended.set()
         process.thread.join()
+
+
+def test_a_store_that_is_slow_for_once_silences_nobody(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = threading.Event()
+
+    class Store(dist.TCPStore):
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            if slow.is_set():
+                slow.clear()
+                if self.timeout.total_seconds() < 3 * peers.SILENT:
+                    raise dist.DistStoreError("timed out")
+                time.sleep(3 * peers.SILENT)
+            return super().multi_get(keys)
+
+    monkeypatch.setattr(dist, "TCPStore", Store)
+    processes = begin(3)
+    slow.set()
+    wait(lambda: not slow.is_set())
+    time.sleep(4 * peers.SILENT)
+    assert all(process.thread.is_alive() for process in processes)
+    assert all(process.silence(rank) < peers.SILENT for process in processes for rank in range(3))
 
 
 def test_a_process_that_has_not_given_up_as_the_others_have_hangs(begin: Begin) -> None:
