@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from modeling_micl.configuration_micl import height_and_width
 from training.batch import Batch
 from training.comparison import NAMES, ComparisonConfig, Method, build_method, transform_of
 from training.data import TrainingBatches, TrainingOrder, batches
-from training.features import extract_features
+from training.features import Pooling, encoder_features
 from training.labels import class_names
 from training.log_files import MetricsLog
 from training.monitor import provenance
@@ -33,9 +33,8 @@ from training.parser import parse_settings
 from training.processes import start_accelerator
 from training.results import save_model
 from training.run import Plan, make_plan
-from training.scores import score_features
+from training.scores import frozen_scores
 from training.source import ImageSource, open_evaluation, open_split
-from training.study_judge import pooled, split_pooled
 
 
 class Judge:
@@ -51,22 +50,19 @@ class Judge:
         self.config, self.accelerator = config, accelerator
         asked = config.knn_epochs > 0 and config.knn_images > 0
         evaluation = open_evaluation(config, source) if asked else None
-        self.splits = (source, evaluation) if evaluation else ()
+        self.splits = (source, evaluation) if evaluation else None
 
     def __call__(self, model: Method) -> dict[str, float]:
         """Accuracies as `training.pretrain` logs them; those of the mean have its name at the end."""
         config, accelerator = self.config, self.accelerator
-        if not self.splits:
+        if self.splits is None:
             return {}
         with torch.random.fork_rng():  # training must go on as if nothing had been
             encoder = model.encoder().to(accelerator.device).eval()
-            features = {"both": pooled(encoder, accelerator)}
-            size, images = height_and_width(encoder.config.image_size), config.knn_images
-            train, test = (
-                extract_features(accelerator, split, features, size, images, config.num_workers)
-                for split in self.splits
-            )
-            scores = score_features(split_pooled(train), split_pooled(test), config.online_probe)
+            features = {name: encoder_features(encoder, accelerator, name) for name in get_args(Pooling)}
+            size = height_and_width(encoder.config.image_size)
+            judging = (config.knn_images, config.num_workers, config.online_probe)
+            scores = frozen_scores(accelerator, features, self.splits, size, *judging)
         model.train()
         named = {"knn_accuracy": scores.knn, "probe_accuracy": scores.probe}
         return {
@@ -91,7 +87,7 @@ def train(
         model.network.compile(mode=config.torch_compile)
     optimizer = build_optimizer(model, config.weight_decay, (config.adam_beta1, config.adam_beta2))
     log = MetricsLog(Path(config.output_dir) / "metrics.jsonl", 0)
-    eval_every = max(round(config.knn_epochs * plan.forwards_per_epoch), 1) if config.knn_epochs else 0
+    eval_every = config.knn_epochs * plan.forwards_per_epoch
     seconds, start, first = 0.0, time.perf_counter(), 0
     for step, batch in enumerate(training_batches(config, source, plan), 1):
         epoch = (step - 1) / plan.forwards_per_epoch

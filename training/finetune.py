@@ -41,9 +41,8 @@ class Finetune(Classify):
         """How the model has been trained so far, in words."""
         epochs, start = self.run.progress.forwards / self.run.plan.forwards_per_epoch, "random weights"
         if not self.config.random_init:
-            start = (stored_training(str(self.config.model)) or {}).get(
-                "method", "MiCL"
-            )  # `training.compare` has others
+            training = stored_training(str(self.config.model)) or {}
+            start = training.get("method", "MiCL")  # which only `training.compare` names
         return f"fine-tuning for {epochs:.3g} epochs from {start}"
 
     def after_checkpoint(self) -> None:
