@@ -4,10 +4,17 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
+from typing import Any
 
 import datasets
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.table import table_cast
+
+
+ROWS_AT_ONCE = 16
+BYTES_AT_ONCE = 2**18
 
 
 def read_row_groups(files: Sequence[str]) -> list[list[int]]:
@@ -46,3 +53,30 @@ def rows_between(
         begin = ends[group] - row_groups[group]
         first = max(start - begin, 0)
         yield groups.shard(num_shards=len(row_groups), index=group).skip(first).take(stop - begin - first)
+
+
+def rows_on_disk(
+    file: str, features: datasets.Features, row_groups: list[int], start: int, stop: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows start ≤ i < stop of a Parquet file, as `datasets` gives them, a few at a time.
+
+    That library reads a row group at once, whose bytes have left the processor's caches when their turn comes; this
+    takes a third of the time.
+
+    Args:
+        file: its path.
+        features: of the columns to read.
+        row_groups: rows of each of its row groups.
+        start: first row.
+        stop: the row behind the last.
+    """
+    ends = list(accumulate(row_groups))
+    passed_over = bisect_right(ends, start)
+    groups = [group for group in range(passed_over, len(ends)) if ends[group] - row_groups[group] < stop]
+    place = sum(row_groups[:passed_over])
+    with pq.ParquetFile(file, buffer_size=BYTES_AT_ONCE) as opened:
+        for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(features)):
+            first, last = (min(max(edge - place, 0), len(batch)) for edge in (start, stop))
+            wanted = pa.Table.from_batches([batch.slice(first, last - first)])
+            yield table_cast(wanted, features.arrow_schema).to_pylist()
+            place += len(batch)

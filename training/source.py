@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,11 @@ import datasets
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
-from pyarrow.dataset import ParquetFragmentScanOptions
 
 from training.config import DataSettings
 from training.named_dataset import available_splits, check_none_left_out, find_builder
-from training.row_groups import read_row_groups
-from training.stream import read_rows
+from training.row_groups import read_row_groups, rows_on_disk
+from training.stream import read_rows, rows_of_stream
 
 
 Row = dict[str, Any]
@@ -75,8 +75,11 @@ class ImageSource:
         assert isinstance(self.rows, datasets.IterableDataset)
         rows = self.rows.shard(num_shards=len(self.lengths), index=shard)
         row_groups = self.row_groups[shard] if self.row_groups else [self.lengths[shard]]
-        name = f"Shard {shard} of the split {self.split!r}"
-        yield from read_rows(rows, row_groups, start, stop, self.stream_timeout, name)
+        lists, features = partial(rows_of_stream, rows, row_groups), rows.features or datasets.Features()
+        # Columns beside those may be of types that only `datasets` knows.
+        if self.files and self.stream_timeout is None and set(features) <= {self.image_column, self.label_column}:
+            lists = partial(rows_on_disk, self.files[shard], features, row_groups)
+        yield from read_rows(lists, start, stop, self.stream_timeout, f"Shard {shard} of the split {self.split!r}")
 
     def rows_at(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, Row]]:
         """The rows with these numbers in the data, which must rise, each with its number; reads a shard only once."""
@@ -170,9 +173,6 @@ def _open_rows(dataset: str, split: str, dataset_config: str | None, streaming: 
     if builder.name == "imagefolder":
         check_none_left_out(Path(dataset).expanduser(), builder)
     streaming = streaming if streaming is not None else builder.name != "imagefolder"
-    if builder.name == "parquet" and not any("://" in file for file in _files_of(builder, split)):
-        # Over a network all of a row group is asked for at once; from a disk that costs a copy more, half of the time.
-        builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
     try:
         if streaming:
             return builder, builder.as_streaming_dataset(split=split)

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
@@ -29,13 +28,12 @@ class StreamError(RuntimeError):
 
 
 def read_rows(
-    stream: datasets.IterableDataset, row_groups: list[int], start: int, stop: int, timeout: float | None, name: str
+    lists: Callable[[int, int], Iterator[Rows]], start: int, stop: int, timeout: float | None, name: str
 ) -> Iterator[dict[str, Any]]:
-    """Rows start ≤ i < stop of a stream in stored order, each exactly once.
+    """Rows start ≤ i < stop of a shard in stored order, each exactly once.
 
     Args:
-        stream: one shard.
-        row_groups: rows of each of its row groups; its length where it is no Parquet file.
+        lists: gives the rows between two places in lists.
         start: the first row.
         stop: the row behind the last.
         timeout: seconds of waiting for the next row over a network, in which the libraries' own attempts and ours are
@@ -45,9 +43,8 @@ def read_rows(
     Raises:
         StreamError: if nothing has come for so long, or the answer is one that will not change.
     """
-    lists = partial(_lists_of_rows, stream, row_groups, stop)
     try:
-        for rows in lists(start) if timeout is None else _read_on(lists, start, stop, timeout, name):
+        for rows in lists(start, stop) if timeout is None else _read_on(lists, start, stop, timeout, name):
             yield from rows
     except FAILURES as error:
         raise StreamError(
@@ -56,7 +53,8 @@ def read_rows(
         ) from None  # the cause might quote the token
 
 
-def _lists_of_rows(stream: datasets.IterableDataset, row_groups: list[int], stop: int, start: int) -> Iterator[Rows]:
+def rows_of_stream(stream: datasets.IterableDataset, row_groups: list[int], start: int, stop: int) -> Iterator[Rows]:
+    """Lists of the rows start ≤ i < stop of one shard, of which `row_groups` are its parts to begin with."""
     for part in rows_between(stream, row_groups, start, stop):
         # Read in batches because a plain loop in a DataLoader's worker would give it only a part of the rows.
         for batch in part.iter(batch_size=16):
@@ -64,10 +62,10 @@ def _lists_of_rows(stream: datasets.IterableDataset, row_groups: list[int], stop
 
 
 def _read_on(
-    lists: Callable[[int], Iterator[Rows]], place: int, stop: int, timeout: float, name: str
+    lists: Callable[[int, int], Iterator[Rows]], place: int, stop: int, timeout: float, name: str
 ) -> Iterator[Rows]:
     _retry_only_here()
-    reader, pause, failure = _Reader(lists(place)), FIRST_PAUSE, None
+    reader, pause, failure = _Reader(lists(place, stop)), FIRST_PAUSE, None
     deadline = time.monotonic() + timeout
     try:
         while place < stop:
@@ -86,7 +84,7 @@ def _read_on(
                 wait = min(max(pause, _retry_after(failure)), left)
                 logger.warning("%s: %s; trying again in %.1f s", name, reason(failure), wait)
                 time.sleep(wait)
-                reader, pause = _Reader(lists(place)), min(2 * pause, LONGEST_PAUSE)
+                reader, pause = _Reader(lists(place, stop)), min(2 * pause, LONGEST_PAUSE)
                 continue
             yield rows
             place += len(rows)

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Image, Value, load_dataset_builder
-from datasets.packaged_modules.parquet import parquet
 from source_rows import all_rows
 from torch.utils.data import DataLoader, IterableDataset
 
-from training import source as source_module
 from training.source import ImageSource, Row, _fingerprint, open_source
 
 
@@ -58,25 +55,6 @@ def test_one_parquet_file_is_a_dataset(write_shards: Write) -> None:
     file = next(write_shards(6).rglob("*.parquet"))
     assert open_source(str(file)).lengths == [6]
     assert open_source(str(file), streaming=False).lengths == [6]
-
-
-@pytest.mark.parametrize(("place", "buffered"), [("/data/", False), ("hf://datasets/someone/pictures/", True)])
-def test_only_files_over_a_network_are_read_ahead(
-    place: str, buffered: bool, write_shards: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = list[bool]()
-    original = parquet.ds.ParquetFileFormat
-
-    def noting(default_fragment_scan_options: Any) -> Any:
-        found.append(default_fragment_scan_options is None or default_fragment_scan_options.pre_buffer)
-        return original(default_fragment_scan_options=default_fragment_scan_options)
-
-    monkeypatch.setattr(source_module, "_files_of", lambda *_: [f"{place}train.parquet"])
-    _, rows = source_module._open_rows(str(write_shards(5)), "train", None, streaming=True)
-    monkeypatch.setattr(parquet.ds, "ParquetFileFormat", noting)
-    assert len(list(rows)) == 5
-    assert found
-    assert set(found) == {buffered}
 
 
 def test_webdataset_tars_stream(write_tars: Write) -> None:

@@ -21,6 +21,7 @@ from hub_server import Fault, HubServer
 from huggingface_hub import constants
 from source_rows import all_rows
 
+from training import source as source_module
 from training import stream
 from training.config import PretrainConfig
 from training.log_files import read_metrics
@@ -130,13 +131,13 @@ def test_no_row_is_lost_or_doubled(hub: HubServer, pictures: Path, waits: list[f
 
 def test_it_goes_on_at_the_row_reached(hub: HubServer, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begins = []
-    lists = stream._lists_of_rows
+    lists = stream.rows_of_stream
 
-    def noted(shard: datasets.IterableDataset, groups: list[int], stop: int, start: int) -> Iterator[stream.Rows]:
+    def noted(shard: datasets.IterableDataset, groups: list[int], start: int, stop: int) -> Iterator[stream.Rows]:
         begins.append(start)
-        return lists(shard, groups, stop, start)
+        return lists(shard, groups, start, stop)
 
-    monkeypatch.setattr(stream, "_lists_of_rows", noted)
+    monkeypatch.setattr(source_module, "rows_of_stream", noted)
     source = open_source("me/pictures")
     hub.requests.clear()
     rows = list(source.read(0, 7, 60))
