@@ -16,3 +16,8 @@ class Checks:
             if not (0 <= value <= 1) or (value == 0 and not zero) or (value == 1 and not one):
                 interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
                 raise ValueError(f"{name} must lie in {interval}, got {value}.")
+
+    def _validate_few_shot(self, shares: list[float]) -> None:
+        for share in shares:
+            if not 0 < share <= 1:
+                raise ValueError(f"few_shot takes shares in (0, 1], got {share}; 1 alone turns it off.")

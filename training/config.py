@@ -46,11 +46,6 @@ class DataSettings(Checks):
         """All settings, ready for JSON."""
         return asdict(self)
 
-    def _validate_few_shot(self, shares: list[float]) -> None:
-        for share in shares:
-            if not 0 < share <= 1:
-                raise ValueError(f"few_shot takes shares in (0, 1], got {share}; 1 alone turns it off.")
-
 
 @dataclass
 class TrainingSettings(DataSettings):

@@ -6,7 +6,9 @@ missing: after an interruption, after a failure, or when the file asks for more.
 """
 
 import shlex
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from training.parser import parse_settings
 from training.results import read_evaluation
 from training.stop import STOPPED_STATUS
 from training.study_figures import save_study
-from training.study_judge import judge_references, stored_scores
+from training.study_judge import FINETUNE, finetuned_accuracy, judge_references, stored_scores
 from training.study_plan import PlannedRun, Planner, StudyPlan
 from training.study_report import RESULTS, Record, Scores, read_records, render, varies, write_record
 from training.study_runs import Interrupted, is_finished, run_all
@@ -54,7 +56,7 @@ def row(run: PlannedRun, images: int) -> Record:
     """What the record tells of a finished run."""
     training = read_evaluation(run.folder / "model")["training"]
     last = [entry for entry in read_metrics(run.folder / "metrics.jsonl") if "loss" in entry][-1]
-    scores = stored_scores(run.folder / "model", run.judged_on, images)
+    scores = stored_scores(run.folder / "model", run.judged_on, images, run.few_shot)
     told: Record = {
         "point": run.point,
         "seed": run.config.seed,
@@ -66,6 +68,8 @@ def row(run: PlannedRun, images: int) -> Record:
         "guessing": run.guessing,
     }
     told |= {name: round(last[name], 4) for name in ("contrastive_accuracy", "negative_cosine") if name in last}
+    if run.finetuning:
+        scores["finetuned"] = {"accuracy": float(finetuned_accuracy(run.finetuning) or 0)}
     return told | {"scores": {name: {k: round(v, 4) for k, v in values.items()} for name, values in scores.items()}}
 
 
@@ -92,6 +96,8 @@ def record_of(
         "final_seeds": settings.final_seeds,
         "judge_images": images,
         "labels": settings.labels,
+        "few_shot": settings.few_shot,
+        "finetune": settings.mapping("finetune"),
         "held_out": settings.held_out,
         "hardware": sorted(machines),
         "commits": sorted({str(one["versions"]["commit"]) for one in sources}),
@@ -103,6 +109,7 @@ def record_of(
         "points": {run.point: run.label for run in runs},
         "final": final,
         "references": {},
+        "from_scratch": [],
         "failed": [f"{name}: {why}" for name, why in failed.items()],
         "runs": [row(run, images) for run in finished],
     }
@@ -116,6 +123,22 @@ def references(settings: StudySettings, plan: StudyPlan) -> dict[str, Any]:
             judge_references(run, split, settings.judge_images, folder)
     splits = {split: stored_scores(folder, split, settings.judge_images) for split in ("validation", "test")}
     return {split: found for split, found in splits.items() if found}
+
+
+def from_scratch(planner: Planner, run: PlannedRun) -> list[float]:
+    """Accuracies of the fine-tuning of random weights, with each of the final seeds.
+
+    Args:
+        planner: of the study.
+        run: any final one, for the architecture.
+    """
+    found = []
+    for seed in planner.settings.final_seeds:
+        again = replace(run, config=replace(run.config, seed=seed))
+        flags = planner.finetuning(again, Path(planner.settings.output_dir) / "references", random_init=True)
+        subprocess.run([sys.executable, "-m", FINETUNE, *flags], check=True)
+        found.append(float(finetuned_accuracy(flags) or 0))
+    return found
 
 
 def write_results(folder: Path) -> None:
@@ -150,6 +173,8 @@ def main(settings: StudySettings) -> bool:
         failed |= run_missing(last, settings)
         runs = runs + last
         record = record_of(settings, plan, runs, failed, points)
+        if trained := [run for run in last if run.finetuning and is_finished(run, settings.judge_images)]:
+            record["from_scratch"] = from_scratch(planner, trained[0])
     if settings.references:
         record["references"] = references(settings, plan)
     folder = Path(settings.report_dir)

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 
 from training.config import DataSettings
+from training.handwritten import HANDWRITTEN, handwritten_digits
 from training.named_dataset import DEMONSTRATION
 from training.photos import held_out_crops
 from training.source import ImageSource, Row, evaluation_split, open_split
@@ -34,6 +35,8 @@ def held_out_data(settings: DataSettings, every: int, folder: Path) -> Path:
         return held_out_crops()
     if settings.dataset in DRAWN:
         return drawn_digits(settings.dataset)
+    if settings.dataset == HANDWRITTEN:
+        return handwritten_digits()
     source, split = open_split(settings, settings.split), evaluation_split(settings)
     if source.label_column is None:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Judging the runs of a study: kNN and the fast linear probe, of [CLS] and of the mean of the patches."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from modeling_micl import MiclForPreTraining, MiclModel
 from modeling_micl.configuration_micl import height_and_width
 from training.batch import Batch
+from training.classifier_config import FinetuneConfig
 from training.features import (
     BASELINES,
     Extractor,
@@ -19,8 +21,10 @@ from training.features import (
     with_centred_pixels,
 )
 from training.judge import FAST
+from training.labels import few_shot
+from training.parser import parse_settings
 from training.processes import use_all_cores
-from training.results import add_results, read_evaluation, result
+from training.results import METRICS, add_results, read_evaluation, result
 from training.scores import score_features
 from training.source import open_split
 from training.study_plan import PlannedRun
@@ -28,6 +32,7 @@ from training.study_plan import PlannedRun
 
 KNN = "kNN, k=20, cosine, votes weighted by exp(cosine / 0.07), whole central crop"
 PROTOCOLS = {"knn": KNN, "probe": FAST}
+FINETUNE = "training.finetune"
 Scores = dict[str, dict[str, float]]  # by the features' name, then by the protocol's
 
 
@@ -49,10 +54,34 @@ def split_pooled(found: LabelledFeatures) -> LabelledFeatures:
     return LabelledFeatures({"cls": cls, "mean": mean} | others, found.labels)
 
 
-def scores_of(train: LabelledFeatures, test: LabelledFeatures) -> Scores:
-    """Top-1 accuracies in [0, 1] of each kind of features."""
-    scores = score_features(train, test, with_probe=True)
-    return {name: {"knn": scores.knn[name], "probe": scores.probe[name]} for name in scores.knn}
+def protocols(shares: Sequence[float]) -> dict[str, str]:
+    """How features are judged, in words: with all labels, and with each of these shares of them."""
+    few = {
+        few_labels(name, share): f"{words}; {share:.3g} of each class's labels"
+        for share in shares
+        for name, words in PROTOCOLS.items()
+    }
+    return PROTOCOLS | few
+
+
+def few_labels(protocol: str, share: float) -> str:
+    """The name of a protocol with a share of the labels."""
+    return f"{protocol}, {100 * share:.3g} %"
+
+
+def scores_of(train: LabelledFeatures, test: LabelledFeatures, shares: Sequence[float] = (), seed: int = 0) -> Scores:
+    """Top-1 accuracies in [0, 1] of each kind of features, with all labels and with shares of them drawn by a seed."""
+    found: Scores = {name: {} for name in train.features}
+    for share in (1.0, *shares):
+        chosen = few_shot(train.labels, share, seed)
+        part = LabelledFeatures(
+            {name: values[chosen] for name, values in train.features.items()}, train.labels[chosen]
+        )
+        scores = score_features(part, test, with_probe=True)
+        for kind, accuracies in (("knn", scores.knn), ("probe", scores.probe)):
+            for name, value in accuracies.items():
+                found[name][kind if share == 1 else few_labels(kind, share)] = value
+    return found
 
 
 def judge_run(run: PlannedRun, images: int) -> None:
@@ -97,13 +126,14 @@ def judge(
     size = height_and_width(run.config.model_config().image_size)
     found = [extract_features(accelerator, source, extractors, size, images, num_workers=0) for source in sources]
     train, test = with_centred_pixels(*map(split_pooled, found))
+    words = protocols(run.few_shot)
     entries = [
         result(
             "training.study",
             run.config,
             sources[1],
             len(test.labels),
-            protocol=PROTOCOLS[protocol],
+            protocol=words[protocol],
             value=value,
             seed=run.config.seed,
             max_images=images,
@@ -112,17 +142,25 @@ def judge(
             train_fingerprint=sources[0].fingerprint,
             num_train_images=len(train.labels),
         )
-        for name, values in scores_of(train, test).items()
+        for name, values in scores_of(train, test, run.few_shot, run.config.seed).items()
         for protocol, value in values.items()
     ]
     add_results(folder, entries)
 
 
-def stored_scores(folder: Path, split: str, images: int) -> Scores:
-    """What `judge` has found for a split with so many images; empty where it has not judged yet."""
+def stored_scores(folder: Path, split: str, images: int, shares: Sequence[float] = ()) -> Scores:
+    """What `judge` has found for a split with so many images; empty where it has not judged so yet."""
+    names = {words: name for name, words in protocols(shares).items()}
     found: Scores = {}
     for entry in read_evaluation(folder)["results"]:
-        if entry["split"] == split and entry["max_images"] == images:
-            protocol = next(name for name, words in PROTOCOLS.items() if words == entry["protocol"])
-            found.setdefault(entry["features"], {})[protocol] = entry["value"]
-    return found
+        if entry["split"] == split and entry["max_images"] == images and entry["protocol"] in names:
+            found.setdefault(entry["features"], {})[names[entry["protocol"]]] = entry["value"]
+    complete = all(values.keys() == set(names.values()) for values in found.values())
+    return found if complete else {}
+
+
+def finetuned_accuracy(finetuning: list[str]) -> float | None:
+    """Top-1 accuracy of a fine-tuning, by its command line; None where it has not ended yet."""
+    config = parse_settings(FinetuneConfig, FINETUNE, finetuning)
+    found = read_evaluation(Path(config.output_dir) / "model")["results"]
+    return next((float(entry["value"]) for entry in found if entry["metric"] == METRICS["top1_accuracy"]), None)

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from training.classifier_config import FinetuneConfig
 from training.comparison import ComparisonConfig, gigaflop_per_trained_image
 from training.parser import parse_settings
 from training.run import make_plan
@@ -32,6 +33,8 @@ class PlannedRun:
         gigaflop_per_image: of the model, forward and backward.
         steps: optimiser steps.
         final: whether it confirms a choice, and is scored on test, too.
+        few_shot: shares of the labels that it is judged with besides all of them.
+        finetuning: command line of the fine-tuning of its encoder, without the program; empty where there is none.
     """
 
     point: str
@@ -42,6 +45,8 @@ class PlannedRun:
     gigaflop_per_image: float
     steps: int
     final: bool = False
+    few_shot: list[float] = field(default_factory=list)
+    finetuning: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -121,6 +126,7 @@ class Planner:
             SystemExit: with status 2, if there is no such setting or it has no such value.
         """
         study = self.settings
+        self._check_finetuning()
         trials = {name: self._several(points, f"{name} ") for name, points in study.trial_points().items()}
         centre = "" if trials else self.add(CENTRE, {})
         factors = {
@@ -153,8 +159,30 @@ class Planner:
 
     def again(self, point: str, seed: int) -> PlannedRun:
         """A planned setting with another seed, to confirm it on test images."""
-        run = next(run for run in self.runs.values() if run.point == point)
-        return replace(self.run(run.label, run.changes, seed), final=True)
+        planned = next(run for run in self.runs.values() if run.point == point)
+        run = self.run(planned.label, planned.changes, seed)
+        return replace(run, final=True, few_shot=self.settings.few_shot, finetuning=self.finetuning(run, run.folder))
+
+    def finetuning(self, run: PlannedRun, folder: Path, random_init: bool = False) -> list[str]:
+        """Command line of `training.finetune` for the encoder of a run, or one like it; empty where none is asked for.
+
+        Args:
+            run: trained by then.
+            folder: in which it has one of its own.
+            random_init: keep only the architecture.
+        """
+        asked = self.settings.mapping("finetune")
+        if not asked:
+            return []
+        given = {"dataset": run.config.dataset, "eval_split": "test", "seed": run.config.seed, "report_to": "none"}
+        given |= {"eval_epochs": 0}
+        told = asked | given | {"model": run.folder / "model", "random_init": random_init}
+        output = folder / f"finetuned-{hashlib.sha256(repr(told).encode()).hexdigest()[:8]}"
+        return [f"--{name}={value}" for name, value in (told | {"output_dir": output}).items()]
+
+    def _check_finetuning(self) -> None:
+        asked = {"model": "that of a run"} | self.settings.mapping("finetune")
+        parse_settings(FinetuneConfig, "training.study", [f"--{name}={value}" for name, value in asked.items()])
 
     def run(self, label: str, changes: Changes, seed: int) -> PlannedRun:
         """One run with some changes to the centre."""

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from training.markdown import markdown_table
+from training.study_judge import protocols
 from training.study_settings import BUDGETS
 
 
@@ -19,6 +20,7 @@ COLUMNS = {
     ("mean", "knn"): "kNN, mean",
     ("mean", "probe"): "probe, mean",
 }
+FINETUNED = ("finetuned", "accuracy")
 # Features of references
 NAMES = {"cls": "random weights, [CLS]", "mean": "random weights, mean of the patches"}
 HEAD = """# What matters in MiCL, at small scale
@@ -139,7 +141,7 @@ def section(record: Record) -> str:
         parts.append(trials_table(record))
     if record["references"]:
         parts.append(references_table(record))
-    elif record["final"]:
+    elif record["final"] and not record["trials"]:
         parts.append(final_line(record))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -220,22 +222,47 @@ def grid_table(scores: Scores, name: str, cells: list[Record]) -> str:
 
 def trials_table(record: Record) -> str:
     """Each method's best trial, and how it does on test images."""
-    choosing, confirming = Scores(record), Scores(record, final=True)
-    rows = []
+    choosing = Scores(record)
+    rows, chosen = [], dict[str, tuple[str, str]]()
     for method, cells in record["trials"].items():
         words = {cell["point"]: cell["values"] for cell in cells}
         if not any(map(choosing.of, words)):
             rows.append([method, str(len(cells)), "failed"])
             continue
-        point, features = choosing.best(words)
+        point, features = chosen[method] = choosing.best(words)
         best = ", ".join(f"{name} {value}" for name, value in words[point].items() if name in varied(cells))
         row = [method, str(len(cells)), best, features, choosing.mean(point, (features, "knn"))]
-        row += [
-            confirming.mean(point, (features, protocol)) if confirming.runs else "" for protocol in ("knn", "probe")
-        ]
         rows.append(row + costs(choosing, point)[2:])
-    head = ["method", "trials", "chosen", "features", "kNN, held out", "kNN, test", "probe, test", *COSTS[2:]]
-    return markdown_table(head, rows)
+    head = ["method", "trials", "chosen", "features", "kNN, held out", *COSTS[2:]]
+    tables = [markdown_table(head, rows)]
+    if record["final"]:
+        tables.append(test_table(record, chosen))
+    return "\n\n".join(tables)
+
+
+def test_table(record: Record, chosen: dict[str, tuple[str, str]]) -> str:
+    """How the chosen settings do on test images: frozen with all and with few labels, and fine-tuned.
+
+    Args:
+        record: of the study.
+        chosen: point and features of each method.
+    """
+    confirming = Scores(record, final=True)
+    names = list(protocols(record.get("few_shot", [])))
+    finetuned = bool(record.get("finetune"))
+    rows = [
+        [method, *(confirming.mean(point, (features, name)) for name in names)]
+        + ([confirming.mean(point, FINETUNED)] if finetuned else [])
+        for method, (point, features) in chosen.items()
+    ]
+    told = f"On test images, seeds {', '.join(map(str, record['final_seeds']))}; with shares of the labels where told"
+    if finetuned:
+        told += f"; fine-tuned with {', '.join(f'{name} {value}' for name, value in record['finetune'].items())}"
+        scratch = [100 * value for value in record["from_scratch"]]
+        error = confirming.spread(FINETUNED) / math.sqrt(len(scratch)) if scratch else math.nan
+        rows.append(["random weights", *[""] * len(names), plus_minus(mean(scratch), error, "") if scratch else ""])
+    head = ["method", *(name.replace("knn", "kNN") for name in names), *(["fine-tuned"] if finetuned else [])]
+    return f"{told}.\n\n{markdown_table(head, rows)}"
 
 
 def varied(cells: list[Record]) -> set[str]:

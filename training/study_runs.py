@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerProcess
 import torch
 
 from training.results import EVALUATION
-from training.study_judge import judge_run, stored_scores
+from training.study_judge import FINETUNE, finetuned_accuracy, judge_run, stored_scores
 from training.study_plan import PlannedRun
 
 
@@ -39,12 +39,21 @@ def is_trained(run: PlannedRun) -> bool:
 
 
 def is_finished(run: PlannedRun, images: int) -> bool:
-    """Whether the run is trained and judged."""
-    return is_trained(run) and bool(stored_scores(run.folder / "model", run.judged_on, images))
+    """Whether the run is trained, judged and, where that is asked for, fine-tuned."""
+    return (
+        is_trained(run)
+        and is_judged(run, images)
+        and not (run.finetuning and finetuned_accuracy(run.finetuning) is None)
+    )
+
+
+def is_judged(run: PlannedRun, images: int) -> bool:
+    """Whether the run's frozen features are."""
+    return bool(stored_scores(run.folder / "model", run.judged_on, images, run.few_shot))
 
 
 def train_and_judge(run: PlannedRun, images: int, command: list[str], cores: set[int]) -> None:
-    """In a process of its own: run the entry point as its command line would, and judge the model that it leaves."""
+    """In a process of its own: run the entry point as its command line would, judge its model, and fine-tune it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     log = os.open(run.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -55,10 +64,14 @@ def train_and_judge(run: PlannedRun, images: int, command: list[str], cores: set
     torch.set_num_threads(len(cores))
     if not is_trained(run):
         sys.argv = [run.program, *run.flags]
-        print("python -m", run.program, *run.flags, flush=True)  # noqa: T201
+        print("python -m", *sys.argv, flush=True)  # noqa: T201
         runpy.run_module(run.program, run_name="__main__", alter_sys=True)
-    sys.argv = command
-    judge_run(run, images)
+    if not is_judged(run, images):
+        sys.argv = command
+        judge_run(run, images)
+    if run.finetuning:  # as another program, which may compute in another precision
+        print("python -m", FINETUNE, *run.finetuning, flush=True)  # noqa: T201
+        os.execv(sys.executable, [sys.executable, "-m", FINETUNE, *run.finetuning])
 
 
 @dataclass

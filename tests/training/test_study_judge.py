@@ -1,6 +1,7 @@
 """Judging a study's runs: one pass gives both kinds of features, and scores are found again."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from study_files import small_study
 from modeling_micl import MiclForPreTraining, MiclModel, MiclPreTrainedModel
 from training.batch import Batch
 from training.features import LabelledFeatures, encoder_features
+from training.labels import few_shot
 from training.results import read_evaluation, save_model
+from training.scores import score_features
 from training.study_judge import judge_references, judge_run, pooled, scores_of, split_pooled, stored_scores
 from training.study_plan import PlannedRun, Planner
 
@@ -51,6 +54,19 @@ def test_scores_tell_good_features_from_bad_ones() -> None:
     assert max(scores["bad"].values()) < 0.9
 
 
+def test_few_labels_are_a_share_of_every_class(no_accelerator: Any) -> None:
+    labels, noise = torch.arange(200) % 2, torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    features = torch.cat([torch.eye(2)[labels], noise], dim=1)
+    split = LabelledFeatures({"cls": features}, labels)
+    scores = scores_of(split, split, [0.1, 0.06], seed=3)
+    assert list(scores["cls"]) == ["knn", "probe", "knn, 10 %", "probe, 10 %", "knn, 6 %", "probe, 6 %"]
+    chosen = few_shot(labels, 0.06, 3)
+    assert len(chosen) == 12
+    few = score_features(LabelledFeatures({"cls": features[chosen]}, labels[chosen]), split, with_probe=False)
+    assert scores["cls"]["knn, 6 %"] == few.knn["cls"] != scores["cls"]["knn"]
+    assert scores == scores_of(split, split, [0.1, 0.06], seed=3) != scores_of(split, split, [0.1, 0.06], seed=4)
+
+
 def test_scores_are_kept_by_split_and_number_of_images(run: PlannedRun, no_accelerator: Any) -> None:
     folder = run.folder / "model"
     save_model(MiclForPreTraining(run.config.model_config()), folder)
@@ -59,6 +75,12 @@ def test_scores_are_kept_by_split_and_number_of_images(run: PlannedRun, no_accel
     found = stored_scores(folder, "validation", 40)
     assert {name: set(values) for name, values in found.items()} == dict.fromkeys(("cls", "mean"), {"knn", "probe"})
     assert stored_scores(folder, "test", 40) == stored_scores(folder, "validation", 41) == {}
+    few = replace(run, few_shot=[0.5])
+    assert stored_scores(folder, "validation", 40, few.few_shot) == {}
+    judge_run(few, 40)
+    both = stored_scores(folder, "validation", 40, few.few_shot)
+    assert set(both["cls"]) == {"knn", "probe", "knn, 50 %", "probe, 50 %"}
+    assert stored_scores(folder, "validation", 40) == found
     entry = read_evaluation(folder)["results"][0]
     assert (entry["num_train_images"], entry["num_test_images"], entry["split"]) == (40, 15, "validation")
 

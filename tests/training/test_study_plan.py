@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from study_files import Plan, small_study
 
+from training.classifier_config import FinetuneConfig
 from training.config import PretrainConfig
 from training.monitor import gigaflop_per_image
 from training.parser import parse_settings
@@ -108,6 +109,24 @@ def test_a_choice_is_confirmed_with_other_seeds_on_test(planned: Plan) -> None:
     assert (plan.runs[1].judged_on, again.judged_on) == ("validation", "test")
 
 
+def test_a_choice_is_fine_tuned_on_the_images_that_are_not_held_out_and_scored_on_test(planned: Plan) -> None:
+    asked = {"epochs": 2, "warmup_epochs": 0, "max_images": 30}
+    planner, plan = planned(final_seeds=[5], few_shot=[0.5], finetune=asked)
+    assert not plan.runs[0].finetuning
+    again = planner.again(plan.centre, 5)
+    assert again.few_shot == [0.5]
+    config = parse_settings(FinetuneConfig, "training.finetune", again.finetuning)
+    assert (config.model, config.dataset) == (str(again.folder / "model"), again.config.dataset)
+    assert (config.eval_split, config.seed, config.epochs, config.max_images) == ("test", 5, 2, 30)
+    assert not config.random_init
+    assert Path(config.output_dir).parent == again.folder
+    scratch = planner.finetuning(again, again.folder, random_init=True)
+    longer, _ = planned(final_seeds=[5], finetune=asked | {"epochs": 3})
+    others = [scratch, longer.again(plan.centre, 5).finetuning]
+    folders = {parse_settings(FinetuneConfig, "training.finetune", flags).output_dir for flags in others}
+    assert len(folders | {config.output_dir}) == 3
+
+
 def test_another_method_runs_by_its_own_program(planned: Plan) -> None:
     _, plan = planned(trials={"micl": {"base_lr": [1e-3]}, "mae": {"base_lr": [1e-3]}})
     assert [run.program for run in plan.runs] == ["training.pretrain", "training.compare"]
@@ -122,6 +141,7 @@ def test_another_method_runs_by_its_own_program(planned: Plan) -> None:
         ({"factors": {"temprature": [1]}}, "unknown flag --temprature.*did you mean 'temperature'"),
         ({"factors": {"temperature": [-1]}}, "temperature must be > 0, got -1"),
         ({"common": {"mask_ratio": 0.99}}, "mask_ratio=0.99 leaves 0"),
+        ({"finetune": {"epoch": 3}, "final_seeds": [1]}, "unknown flag --epoch.*did you mean 'epochs'"),
     ],
 )
 def test_a_mistake_is_refused_before_anything_runs(

@@ -135,9 +135,29 @@ def test_trials_show_the_chosen_setting_held_out_and_on_test() -> None:
     runs = [*TWO_POINTS, row("x", 5, 0.55, final=True), row("x", 6, 0.57, final=True)]
     references = {"test": {"raw pixels": {"knn": 0.3, "probe": 0.35}}}
     text = section(record(*runs, trials=trials, references=references))
-    assert "| mae | 2 | base_lr 1 | cls | 63.0 ± 2.2 | 56.0 ± 1.0 | 56.0 ± 1.0 |" in text
+    assert "| mae | 2 | base_lr 1 | cls | 63.0 ± 2.2 |" in text
     assert "| micl | 1 | failed |" in text
+    assert "On test images" not in text
     assert "| raw pixels | test | 30.0 | 35.0 |" in text
+
+
+def test_the_chosen_are_judged_with_few_labels_and_fine_tuned_beside_random_weights() -> None:
+    runs = [row("c", 0, 0.5), row("x", 0, 0.6)]
+    for seed, tuned in ((5, 0.70), (6, 0.74)):
+        last = row("x", seed, 0.55, final=True)
+        last["scores"]["cls"] |= {"knn, 10 %": 0.41, "probe, 10 %": 0.42}
+        last["scores"]["finetuned"] = {"accuracy": tuned}
+        runs.append(last)
+    known = {"trials": {"mae": [{"values": {"base_lr": "1"}, "point": point} for point in "cx"]}, "final": ["x"]}
+    asked = {"final_seeds": [5, 6], "few_shot": [0.1], "finetune": {"config": "it.yaml", "epochs": "2"}}
+    lines = section(record(*runs, from_scratch=[0.5, 0.6], **known, **asked)).splitlines()
+    assert (
+        "On test images, seeds 5, 6; with shares of the labels where told; fine-tuned with config it.yaml, epochs 2."
+        in lines
+    )
+    assert "| method | kNN | probe | kNN, 10 % | probe, 10 % | fine-tuned |" in lines
+    assert "| mae | 55.0 ± 0.0 | 55.0 ± 0.0 | 41.0 ± 0.0 | 42.0 ± 0.0 | 72.0 ± 2.0 |" in lines
+    assert "| random weights |  |  |  |  | 55.0 ± 2.0 |" in lines
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:

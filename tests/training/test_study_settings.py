@@ -32,6 +32,13 @@ def test_a_grid_has_every_combination() -> None:
     ]
 
 
+@pytest.mark.parametrize("asked", [{"few_shot": [0.1]}, {"finetune": {"epochs": 1}}])
+def test_what_is_for_final_runs_needs_some(asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="final_seeds"):
+        study(**asked).validate()
+    study(**asked, final_seeds=[1]).validate()
+
+
 def test_trials_know_their_method() -> None:
     trials = {"mae": {"base_lr": [1, 2]}, "whole images": {"method": ["simclr"], "crop_min_scale": [1, 0.5]}}
     points = study(trials=trials).trial_points()
