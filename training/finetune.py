@@ -5,6 +5,9 @@
 
 import sys
 
+from accelerate import Accelerator
+
+from training.alone import alone_in
 from training.augment import Augmentation
 from training.classifier_config import FinetuneConfig
 from training.evaluation import stored_training
@@ -52,6 +55,13 @@ class Finetune(Classify):
 
 def main(config: FinetuneConfig) -> bool:
     """One run from its settings to its classifier; returns False if it was stopped before."""
+    accelerator = start_accelerator(config)
+    with alone_in(config, accelerator):
+        return finetune(config, accelerator)
+
+
+def finetune(config: FinetuneConfig, accelerator: Accelerator) -> bool:
+    """As `main`, in processes that have started."""
     augmentation = Augmentation(
         crop_min_scale=config.crop_min_scale,
         horizontal_flip=config.horizontal_flip,
@@ -61,7 +71,6 @@ def main(config: FinetuneConfig) -> bool:
         cutmix_alpha=config.cutmix_alpha,
         label_smoothing=config.label_smoothing,
     )
-    accelerator = start_accelerator(config)
     uploads = Uploads(config, accelerator)
     source, eval_source, names = open_classes(config, accelerator)
     model = build_classifier(

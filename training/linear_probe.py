@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from modeling_micl import MiclForImageClassification
+from training.alone import alone_in
 from training.augment import Augmentation
 from training.classifier_config import ProbeConfig
 from training.evaluation import FrozenSettings, FrozenSplits, accuracies, frozen_splits, is_classifier, read_config
@@ -146,7 +147,8 @@ def main(config: ProbeConfig) -> bool:
     if config.protocol == "fast":
         run_fast(config, accelerator)
     else:
-        completed = run_published(config, accelerator)
+        with alone_in(config, accelerator):
+            completed = run_published(config, accelerator)
     accelerator.end_training()
     return completed
 

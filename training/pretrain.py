@@ -13,6 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 from modeling_micl import MiclForPreTraining, MiclForPreTrainingOutput, visible_patches_per_view
 from modeling_micl.configuration_micl import height_and_width
 from training.alarms import CollapseAlarm
+from training.alone import alone_in
 from training.batch import Batch
 from training.cached import cached_backward
 from training.card import write_card
@@ -208,6 +209,12 @@ def main(config: PretrainConfig) -> bool:
     accelerator = start_accelerator(config)
     if config.decode_on_gpu:
         check_decoder(accelerator.device)
+    with alone_in(config, accelerator):
+        return pretrain(config, accelerator)
+
+
+def pretrain(config: PretrainConfig, accelerator: Accelerator) -> bool:
+    """As `main`, in processes that have started."""
     uploads = Uploads(config, accelerator)
     with accelerator.main_process_first():  # the others find what the first has prepared
         source, eval_source = open_sources(config)

@@ -255,7 +255,9 @@ def test_table(record: Record, chosen: dict[str, tuple[str, str]]) -> str:
         + ([confirming.mean(point, FINETUNED)] if finetuned else [])
         for method, (point, features) in chosen.items()
     ]
-    told = f"On test images, seeds {', '.join(map(str, record['final_seeds']))}; with shares of the labels where told"
+    told = f"On test images, seeds {', '.join(map(str, record['final_seeds']))}"
+    if record.get("few_shot"):
+        told += "; percentages are shares of each class's labels"
     if finetuned:
         told += f"; fine-tuned with {', '.join(f'{name} {value}' for name, value in record['finetune'].items())}"
         scratch = [100 * value for value in record["from_scratch"]]

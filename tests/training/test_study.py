@@ -23,6 +23,18 @@ from training.study_report import RESULTS
 from training.study_settings import StudySettings
 
 
+# A study whose choice is confirmed on test: with all and with half of the labels, and fine-tuned.
+FINETUNE = {"config": "training/recipes/finetune_cifar10.yaml", "epochs": 1, "max_images": 30}
+FINETUNE |= {"per_device_batch_size": 10}
+CONFIRMED = {"judge_images": 30, "final_seeds": [7], "references": True, "few_shot": [0.5], "finetune": FINETUNE}
+
+
+def check_confirmed(scores: dict[str, dict[str, float]], from_scratch: list[float]) -> None:
+    assert 0 <= scores["finetuned"]["accuracy"] <= 1
+    assert set(scores["cls"]) == {"knn", "probe", "knn, 50 %", "probe, 50 %"}
+    assert len(from_scratch) == 1
+
+
 def as_flags(settings: StudySettings) -> list[str]:
     told = {name: value for name, value in vars(settings).items() if value not in (None, [], "", False)}
     flags: list[str] = []
@@ -57,23 +69,7 @@ def test_a_study_survives_interruptions_and_failures_and_grows(
 
     # At fewer steps in all; with a rate that makes a run fail, and a choice that is confirmed on test.
     factors: dict[str, Any] = {"base_lr": [1e30], "temperature": [0.2]}
-    settings = small_study(
-        tmp_path,
-        steps=30,
-        common=common,
-        jobs=2,
-        judge_images=30,
-        factors=factors,
-        final_seeds=[7],
-        references=True,
-        few_shot=[0.5],
-        finetune={
-            "config": "training/recipes/finetune_cifar10.yaml",
-            "epochs": 1,
-            "max_images": 30,
-            "per_device_batch_size": 10,
-        },
-    )
+    settings = small_study(tmp_path, steps=30, common=common, jobs=2, factors=factors, **CONFIRMED)
     assert not study.main(settings)
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "results" / "mine.json").read_text())
@@ -89,9 +85,7 @@ def test_a_study_survives_interruptions_and_failures_and_grows(
     for run in record["runs"]:
         assert run["images"] == 240
         assert set(run["scores"]) == ({"cls", "mean", "finetuned"} if run["final"] else {"cls", "mean"})
-    assert 0 <= confirmed["scores"]["finetuned"]["accuracy"] <= 1
-    assert set(confirmed["scores"]["cls"]) == {"knn", "probe", "knn, 50 %", "probe, 50 %"}
-    assert len(record["from_scratch"]) == 1
+    check_confirmed(confirmed["scores"], record["from_scratch"])
     page = (tmp_path / "results" / RESULTS).read_text()
     assert "**Failed:** base_lr=1e+30, seed 0" in page
     assert (tmp_path / "results" / "mine.png").stat().st_size > 10_000

@@ -152,8 +152,8 @@ def test_the_chosen_are_judged_with_few_labels_and_fine_tuned_beside_random_weig
     asked = {"final_seeds": [5, 6], "few_shot": [0.1], "finetune": {"config": "it.yaml", "epochs": "2"}}
     lines = section(record(*runs, from_scratch=[0.5, 0.6], **known, **asked)).splitlines()
     assert (
-        "On test images, seeds 5, 6; with shares of the labels where told; fine-tuned with config it.yaml, epochs 2."
-        in lines
+        "On test images, seeds 5, 6; percentages are shares of each class's labels; fine-tuned with config it.yaml, "
+        "epochs 2." in lines
     )
     assert "| method | kNN | probe | kNN, 10 % | probe, 10 % | fine-tuned |" in lines
     assert "| mae | 55.0 ± 0.0 | 55.0 ± 0.0 | 41.0 ± 0.0 | 42.0 ± 0.0 | 72.0 ± 2.0 |" in lines
