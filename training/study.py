@@ -17,7 +17,13 @@ from training.parser import parse_settings
 from training.results import read_evaluation
 from training.stop import STOPPED_STATUS
 from training.study_figures import save_study
-from training.study_judge import FINETUNE, finetuned_accuracy, judge_references, stored_scores
+from training.study_judge import (
+    FINETUNE,
+    finetuned_accuracy,
+    finetuned_evaluation,
+    judge_references,
+    stored_scores,
+)
 from training.study_plan import PlannedRun, Planner, StudyPlan
 from training.study_report import RESULTS, Record, Scores, read_records, render, varies, write_record
 from training.study_runs import Interrupted, is_finished, run_all
@@ -80,6 +86,7 @@ def record_of(
     images = settings.judge_images
     finished = [run for run in runs if is_finished(run, images)]
     sources = [read_evaluation(run.folder / "model")["training"] for run in finished]
+    sources += [finetuned_evaluation(run.finetuning)["training"] for run in finished if run.finetuning]
     dataset = settings.dataset_name()
     shown = f"path/to/{Path(dataset).name}" if Path(dataset).exists() else dataset  # nothing of somebody's disk
     machines = {f"{one['hardware']['cpu']}, {one['hardware']['cpu_cores']} cores" for one in sources}

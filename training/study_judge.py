@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -159,8 +160,13 @@ def stored_scores(folder: Path, split: str, images: int, shares: Sequence[float]
     return found if complete else {}
 
 
-def finetuned_accuracy(finetuning: list[str]) -> float | None:
-    """Top-1 accuracy of a fine-tuning, by its command line; None where it has not ended yet."""
+def finetuned_evaluation(finetuning: list[str]) -> dict[str, Any]:
+    """What is known of a fine-tuning, by its command line."""
     config = parse_settings(FinetuneConfig, FINETUNE, finetuning)
-    found = read_evaluation(Path(config.output_dir) / "model")["results"]
+    return read_evaluation(Path(config.output_dir) / "model")
+
+
+def finetuned_accuracy(finetuning: list[str]) -> float | None:
+    """Its top-1 accuracy; None where it has not ended yet."""
+    found = finetuned_evaluation(finetuning)["results"]
     return next((float(entry["value"]) for entry in found if entry["metric"] == METRICS["top1_accuracy"]), None)
