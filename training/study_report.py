@@ -33,6 +33,7 @@ from the spread between seeds pooled over all settings of the study; it does not
 Differences are to the centre, the recipe with the study's common settings; those below twice their standard error are
 noise. "Loss / guessing" is 1 where nothing is learned; "views found" is the share of views that find theirs in the
 last batch that was logged; seconds are those of training, on a machine that may have had other work at the same time.
+Where few labels are used to judge encoders, supervised ones have been trained with all of them nevertheless.
 
 `python -m training.study --render` writes this page.
 """
