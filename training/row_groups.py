@@ -60,8 +60,7 @@ def rows_on_disk(
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows start ≤ i < stop of a Parquet file, as `datasets` gives them, a few at a time.
 
-    That library reads a row group at once, whose bytes have left the processor's caches when their turn comes; this
-    takes a third of the time.
+    That library reads a row group at once, whose bytes have left the processor's caches when their turn comes.
 
     Args:
         file: its path.
