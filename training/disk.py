@@ -5,7 +5,8 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,3 +119,21 @@ def synchronise_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that is there as a whole or not at all; whoever is first makes it.
+
+    Args:
+        folder: the folder.
+        make: writes what it is to hold into an empty one.
+    """
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
+        make(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(unfinished)
+    return folder

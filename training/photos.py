@@ -1,14 +1,14 @@
 """The demonstration data: crops of the photographs bundled with scikit-image, made offline."""
 
 import io
-import shutil
-import tempfile
 from pathlib import Path
 
 import datasets
 import numpy as np
 import skimage.data
 from PIL import Image
+
+from training.disk import made_once
 
 
 PHOTOS = {
@@ -62,17 +62,11 @@ def held_out_crops() -> Path:
 
 
 def _made(name: str, parts: dict[str, list[Part]]) -> Path:
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / name
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
+    def write(folder: Path) -> None:
         for split in parts:
-            _write_split(split, unfinished, parts[split])
-        try:
-            unfinished.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(unfinished)
-    return folder
+            _write_split(split, folder, parts[split])
+
+    return made_once(Path(datasets.config.HF_DATASETS_CACHE) / name, write)
 
 
 def _write_split(split: str, folder: Path, parts: list[Part]) -> None:

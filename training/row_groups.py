@@ -1,6 +1,5 @@
 """Where to begin in a Parquet file: its row groups can be read one by one, so that those before are passed over."""
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -43,14 +42,12 @@ def rows_between(
         start: first row.
         stop: the row behind the last.
     """
-    ends = list(accumulate(row_groups))
-    passed_over = bisect_right(ends, start)
-    if passed_over == 0:
+    wanted = _wanted(row_groups, start, stop)
+    if wanted and wanted[0][0] == 0:
         yield file.skip(start).take(stop - start)
         return
     groups = file.reshard()
-    for group in range(passed_over, bisect_right(ends, stop - 1) + 1):
-        begin = ends[group] - row_groups[group]
+    for group, begin in wanted:
         first = max(start - begin, 0)
         yield groups.shard(num_shards=len(row_groups), index=group).skip(first).take(stop - begin - first)
 
@@ -69,13 +66,18 @@ def rows_on_disk(
         start: first row.
         stop: the row behind the last.
     """
-    ends = list(accumulate(row_groups))
-    passed_over = bisect_right(ends, start)
-    groups = [group for group in range(passed_over, len(ends)) if ends[group] - row_groups[group] < stop]
-    place = sum(row_groups[:passed_over])
+    wanted, schema = _wanted(row_groups, start, stop), features.arrow_schema
+    place = wanted[0][1] if wanted else 0
+    groups = [group for group, _ in wanted]
     with pq.ParquetFile(file, buffer_size=BYTES_AT_ONCE) as opened:
         for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(features)):
             first, last = (min(max(edge - place, 0), len(batch)) for edge in (start, stop))
-            wanted = pa.Table.from_batches([batch.slice(first, last - first)])
-            yield table_cast(wanted, features.arrow_schema).to_pylist()
+            rows = pa.Table.from_batches([batch.slice(first, last - first)])
+            yield table_cast(rows, schema).to_pylist()
             place += len(batch)
+
+
+def _wanted(row_groups: list[int], start: int, stop: int) -> list[tuple[int, int]]:
+    """The row groups that hold any of the rows start ≤ i < stop: the number of each, and its first row."""
+    groups = enumerate(zip(accumulate(row_groups, initial=0), row_groups, strict=False))
+    return [(group, begin) for group, (begin, length) in groups if begin < stop and start < begin + length]

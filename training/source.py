@@ -73,12 +73,14 @@ class ImageSource:
             StreamError: if they cannot be read, over a network after `stream_timeout` seconds of attempts.
         """
         assert isinstance(self.rows, datasets.IterableDataset)
-        rows = self.rows.shard(num_shards=len(self.lengths), index=shard)
         row_groups = self.row_groups[shard] if self.row_groups else [self.lengths[shard]]
-        lists, features = partial(rows_of_stream, rows, row_groups), rows.features or datasets.Features()
+        features = self.rows.features or datasets.Features()
         # Columns beside those may be of types that only `datasets` knows.
         if self.files and self.stream_timeout is None and set(features) <= {self.image_column, self.label_column}:
             lists = partial(rows_on_disk, self.files[shard], features, row_groups)
+        else:
+            rows = self.rows.shard(num_shards=len(self.lengths), index=shard)
+            lists = partial(rows_of_stream, rows, row_groups)
         yield from read_rows(lists, start, stop, self.stream_timeout, f"Shard {shard} of the split {self.split!r}")
 
     def rows_at(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, Row]]:

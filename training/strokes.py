@@ -1,7 +1,5 @@
 """Drawn digits, on which MiCL fails, and variants of them that each remove one possible reason."""
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import skimage.data
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from training.disk import made_once
 from training.images import Pixels, to_pixels
 from training.photos import PHOTOS
 
@@ -34,17 +33,12 @@ def drawn_digits(kind: str) -> Path:
     Args:
         kind: one of `DRAWN`.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"micl-{kind}-v1"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
+
+    def write(folder: Path) -> None:
         for split, length in SPLITS.items():
-            _write_split(kind, split, length, unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(unfinished)
-    return folder
+            _write_split(kind, split, length, folder)
+
+    return made_once(Path(datasets.config.HF_DATASETS_CACHE) / f"micl-{kind}-v1", write)
 
 
 def _write_split(kind: str, split: str, length: int, folder: Path) -> None:

@@ -74,8 +74,8 @@ def row(run: PlannedRun, images: int) -> Record:
         "guessing": run.guessing,
     }
     told |= {name: round(last[name], 4) for name in ("contrastive_accuracy", "negative_cosine") if name in last}
-    if run.finetuning:
-        scores["finetuned"] = {"accuracy": float(finetuned_accuracy(run.finetuning) or 0)}
+    if run.finetuning and (accuracy := finetuned_accuracy(run.finetuning)) is not None:
+        scores["finetuned"] = {"accuracy": accuracy}
     return told | {"scores": {name: {k: round(v, 4) for k, v in values.items()} for name, values in scores.items()}}
 
 
@@ -133,7 +133,7 @@ def references(settings: StudySettings, plan: StudyPlan) -> dict[str, Any]:
 
 
 def from_scratch(planner: Planner, run: PlannedRun) -> list[float]:
-    """Accuracies of the fine-tuning of random weights, with each of the final seeds.
+    """Accuracies of the fine-tuning of random weights, with each of the final seeds; runs what is missing.
 
     Args:
         planner: of the study.
@@ -143,9 +143,10 @@ def from_scratch(planner: Planner, run: PlannedRun) -> list[float]:
     for seed in planner.settings.final_seeds:
         again = replace(run, config=replace(run.config, seed=seed))
         flags = planner.finetuning(again, Path(planner.settings.output_dir) / "references", random_init=True)
-        subprocess.run([sys.executable, "-m", FINETUNE, *flags], check=True)
-        found.append(float(finetuned_accuracy(flags) or 0))
-    return found
+        if finetuned_accuracy(flags) is None:
+            subprocess.run([sys.executable, "-m", FINETUNE, *flags], check=True)
+        found.append(finetuned_accuracy(flags))
+    return [accuracy for accuracy in found if accuracy is not None]
 
 
 def write_results(folder: Path) -> None:

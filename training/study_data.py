@@ -1,14 +1,14 @@
 """The data of studies: a part of the train split is held out, so that no setting is ever chosen on test images."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 
 from training.config import DataSettings
+from training.disk import made_once
 from training.handwritten import HANDWRITTEN, handwritten_digits
 from training.named_dataset import DEMONSTRATION
 from training.photos import held_out_crops
@@ -36,31 +36,23 @@ def held_out_data(settings: DataSettings, every: int, folder: Path) -> Path:
     if settings.dataset in DRAWN:
         return drawn_digits(settings.dataset)
     if settings.dataset == HANDWRITTEN:
-        return handwritten_digits()
+        settings = replace(settings, dataset=str(handwritten_digits()))
     source, split = open_split(settings, settings.split), evaluation_split(settings)
     if source.label_column is None:
         raise ValueError(
             f"--dataset {settings.dataset!r} has no labels, and a study is judged by them: name a column."
         )
-    made = folder / "data" / f"{Path(settings.dataset).name}-{every}-{source.version}"
-    if not made.exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=made.parent, prefix=".tmp-"))
+
+    def write(made: Path) -> None:
         rows = list(_rows(source))
-        _write(
-            [row for number, row in enumerate(rows) if number % every],
-            source,
-            unfinished / "train-00000-of-00001.parquet",
-        )
-        _write(rows[::every], source, unfinished / "validation-00000-of-00001.parquet")
+        kept = [row for number, row in enumerate(rows) if number % every]
+        _write(kept, source, made / "train-00000-of-00001.parquet")
+        _write(rows[::every], source, made / "validation-00000-of-00001.parquet")
         if split:
             test = open_split(settings, split)
-            _write(list(_rows(test)), test, unfinished / "test-00000-of-00001.parquet")
-        try:
-            unfinished.rename(made)
-        except OSError:  # another process was faster
-            shutil.rmtree(unfinished)
-    return made
+            _write(list(_rows(test)), test, made / "test-00000-of-00001.parquet")
+
+    return made_once(folder / "data" / f"{Path(settings.dataset).name}-{every}-{source.version}", write)
 
 
 def _rows(source: ImageSource) -> Iterator[Row]:

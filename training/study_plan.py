@@ -9,6 +9,7 @@ from typing import Any
 
 from training.classifier_config import FinetuneConfig
 from training.comparison import ComparisonConfig, gigaflop_per_trained_image
+from training.config import TrainingSettings
 from training.parser import parse_settings
 from training.run import make_plan
 from training.source import open_source
@@ -17,6 +18,7 @@ from training.study_settings import BUDGETS, Changes, Combination, StudySettings
 
 
 CENTRE = "centre"
+ONCE_ON_TEST = {"eval_split": "test", "eval_epochs": 0, "report_to": "none"}
 SAME_FOR_ALL = {"report_to": "none", "knn_images": 0, "eval_split": "validation"}
 
 
@@ -174,15 +176,14 @@ class Planner:
         asked = self.settings.mapping("finetune")
         if not asked:
             return []
-        given = {"dataset": run.config.dataset, "eval_split": "test", "seed": run.config.seed, "report_to": "none"}
-        given |= {"eval_epochs": 0}
-        told = asked | given | {"model": run.folder / "model", "random_init": random_init}
-        output = folder / f"finetuned-{hashlib.sha256(repr(told).encode()).hexdigest()[:8]}"
-        return [f"--{name}={value}" for name, value in (told | {"output_dir": output}).items()]
+        about = {"dataset": run.config.dataset, "seed": run.config.seed, "model": run.folder / "model"}
+        told = asked | ONCE_ON_TEST | about | {"random_init": random_init}
+        output = folder / f"finetuned-{digest(parse_settings(FinetuneConfig, 'training.study', as_flags(told)))}"
+        return as_flags(told | {"output_dir": output})
 
     def _check_finetuning(self) -> None:
         asked = {"model": "that of a run"} | self.settings.mapping("finetune")
-        parse_settings(FinetuneConfig, "training.study", [f"--{name}={value}" for name, value in asked.items()])
+        parse_settings(FinetuneConfig, "training.study", as_flags(asked))
 
     def run(self, label: str, changes: Changes, seed: int) -> PlannedRun:
         """One run with some changes to the centre."""
@@ -211,10 +212,7 @@ class Planner:
         return next(folder.glob(f"*-{point}"), folder / f"{readable}-{point}")
 
     def _flags(self, changes: Changes) -> list[str]:
-        flags = ["--config", self.settings.recipe]
-        for name, value in changes.items():
-            flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-        return flags
+        return ["--config", self.settings.recipe, *as_flags(changes)]
 
     def _parse(self, changes: Changes) -> ComparisonConfig:
         return parse_settings(ComparisonConfig, "training.study", self._flags(changes))
@@ -246,7 +244,15 @@ def steps_of(budget: dict[str, float], gigaflop_per_image: float, images: int) -
     return int(most / cost + 1e-9)
 
 
-def digest(config: ComparisonConfig) -> str:
+def as_flags(settings: Changes) -> list[str]:
+    """A command line."""
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return flags
+
+
+def digest(config: TrainingSettings) -> str:
     """Changes with any setting."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
 

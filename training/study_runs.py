@@ -40,11 +40,8 @@ def is_trained(run: PlannedRun) -> bool:
 
 def is_finished(run: PlannedRun, images: int) -> bool:
     """Whether the run is trained, judged and, where that is asked for, fine-tuned."""
-    return (
-        is_trained(run)
-        and is_judged(run, images)
-        and not (run.finetuning and finetuned_accuracy(run.finetuning) is None)
-    )
+    finetuned = not run.finetuning or finetuned_accuracy(run.finetuning) is not None
+    return is_trained(run) and is_judged(run, images) and finetuned
 
 
 def is_judged(run: PlannedRun, images: int) -> bool:
