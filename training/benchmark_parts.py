@@ -72,11 +72,12 @@ PARTS: dict[str, Part[Any]] = {
         "The training step",
         "The step of the known sizes. The operations are counted while it runs; their rate is set against that of a "
         "large matrix product in the same precision on the same device and threads, measured in turn with the steps. "
-        "Forward, backward and optimiser are milliseconds of a whole step.",
+        "Forward, backward and optimiser are milliseconds of a whole step. Attention without a name is as a run has "
+        "it: explicit on the CPU, by torch's fused kernels on a GPU.",
         PhaseSettings,
         measure_phases,
         {"ViT": ("size", ""), "mask ratio": ("mask_ratio", ""), "precision": ("precision", "")}
-        | {"compiled": ("compiled", ""), "images": ("images", "")}
+        | {"compiled": ("compiled", ""), "attention": ("attention", ""), "images": ("images", "")}
         | {"share of the matmul's rate": ("matmul_share", ".0%"), "images/s": ("images_per_second", ",.1f")}
         | {"GFLOP per image": ("gigaflop_per_image", ".1f"), "GFLOP/s": ("gigaflop_per_second", ".0f")}
         | {"forward": ("forward_ms", ".0f"), "backward": ("backward_ms", ".0f"), "optimiser": ("optimizer_ms", ".0f")}

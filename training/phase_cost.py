@@ -4,7 +4,7 @@ How well is the share of a large matmul's rate, of the same precision on the sam
 with the steps. The operations of a step are counted while it runs, see `training/arithmetic.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -26,6 +26,7 @@ from training.timing import Step, per_image, time_phases
 
 
 PHASES = ("forward", "backward", "optimizer")
+ATTENTIONS = ["eager", "sdpa"]  # explicit, and by the fused kernels
 
 
 @dataclass
@@ -37,6 +38,9 @@ class PhaseSettings(CostSettings):
     patch_size: int = setting(16, "pixels")
     mask_ratios: list[float] = setting([0.8, 0.9], "shares of the patches that neither of two views sees, in [0, 1)")
     precisions: list[str] = setting(["fp32", "bf16"], "fp32, or bf16 by autocast")
+    attentions: list[str] = setting(
+        [], f"{' and '.join(ATTENTIONS)}, to compare them; unset, the one that a run chooses"
+    )
     compile: bool = setting(False, "also with torch.compile")
     images: int = setting(16, "of a step, contrasted together")
     repetitions: int = setting(3, "timed repetitions of each kind, after one to warm up")
@@ -54,6 +58,8 @@ class PhaseSettings(CostSettings):
         super().validate()
         self._validate_words("sizes", list(VIT_SIZES))
         self._validate_words("precisions", list(DTYPES))
+        if self.attentions:
+            self._validate_words("attentions", ATTENTIONS)
         if not self.mask_ratios:
             raise ValueError("mask_ratios is empty: give at least one.")
         for size, mask_ratio in product(self.sizes, self.mask_ratios):
@@ -69,20 +75,23 @@ class Variant:
     mask_ratio: float
     precision: str
     compiled: bool
+    attention: str | None  # the one that a run chooses
 
 
 def size_steps(
-    config: PhaseSettings, size: str, variants: Iterable[Variant], device: torch.device
+    config: PhaseSettings, size: str, variants: Sequence[Variant], device: torch.device
 ) -> dict[Variant, PlainStep]:
-    """Steps of all variants of a size, which share weights and images."""
+    """Steps of all variants of a size on the same images; those with the same attention share weights."""
     geometry = config.model_config(size, config.mask_ratios[0])
-    model, pixels = micl_model(geometry, device), random_pixels(config.images, geometry)
-    optimizer = pretraining_optimizer(model)
+    pixels = random_pixels(config.images, geometry)
+    models = {variant.attention: micl_model(geometry, device, variant.attention) for variant in variants}
+    optimizers = {attention: pretraining_optimizer(model) for attention, model in models.items()}
     steps = {}
     for variant in variants:
+        model = models[variant.attention]
         run = torch.compile(model, dynamic=False) if variant.compiled else model
         loss = contrastive_loss(run, config.model_config(size, variant.mask_ratio))
-        steps[variant] = PlainStep(loss, optimizer, pixels, variant.precision)
+        steps[variant] = PlainStep(loss, optimizers[variant.attention], pixels, variant.precision)
     return steps
 
 
@@ -99,7 +108,8 @@ def measure_phases(accelerator: Accelerator, config: PhaseSettings) -> list[Entr
 
 def _measure_size(device: torch.device, config: PhaseSettings, size: str) -> list[Entry]:
     compiled = (False, True) if config.compile else (False,)
-    variants = [Variant(*chosen) for chosen in product(config.mask_ratios, config.precisions, compiled)]
+    attentions: Sequence[str | None] = config.attentions or [None]
+    variants = [Variant(*chosen) for chosen in product(config.mask_ratios, config.precisions, compiled, attentions)]
     # On the CPU the peak of a compiled step would be that of its compilation.
     measured = [variant for variant in variants if device.type == "cuda" or not variant.compiled]
     builds = [partial(variant_step, config, size, variant, device) for variant in measured]

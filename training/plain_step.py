@@ -84,12 +84,14 @@ class PlainStep:
             return self.loss(images)
 
 
-def micl_model(config: MiclConfig, device: torch.device) -> MiclForPreTraining:
-    """The model as a run trains it, with random weights."""
+def micl_model(config: MiclConfig, device: torch.device, attention: str | None = None) -> MiclForPreTraining:
+    """The model as a run trains it, with random weights; `attention` by another implementation of transformers."""
     model = MiclForPreTraining(config)
     model.train()
     if device.type == "cpu":
         model.set_attn_implementation("eager")  # as a run does
+    if attention:
+        model.set_attn_implementation(attention)
     model.to(device)
     return model
 

@@ -42,7 +42,7 @@ def test_every_file_has_its_place(tmp_path: Path) -> None:
     assert "Some GPU; torch 2.14.1, transformers 5.23.0; commit abc; [step_a.json](benchmarks/step_a.json)" in text
     assert "Some CPU, 2 threads; torch 2.14.1, transformers 5.23.0; commit abc; [step_b.json]" in text
     assert text.index("step_a.json") < text.index("step_b.json")
-    assert text.count("| large | 0.9 | bf16 | no | 256 | 40% |") == 2
+    assert text.count("| large | 0.9 | bf16 | no | – | 256 | 40% |") == 2
     assert not any(part.title in text for name, part in PARTS.items() if name != "step")
 
 

@@ -24,7 +24,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peaks without processes; the largest batch of bf16 fits nowhere. Small matmuls."""
 
     def peak_memories(_: torch.device, builds: Sequence[Any]) -> list[int | None]:
-        return [None if build.args[2] == Variant(0.5, "bf16", False) else 3 << 20 for build in builds]
+        return [None if build.args[2] == Variant(0.5, "bf16", False, None) else 3 << 20 for build in builds]
 
     large_matmul = phase_cost.large_matmul
     monkeypatch.setattr(phase_cost, "peak_memories", peak_memories)
@@ -66,12 +66,34 @@ def test_compiled_steps_are_of_the_same_weights(monkeypatch: pytest.MonkeyPatch)
     assert plain["gigaflop_per_image"] == other["gigaflop_per_image"]
     assert other["peak_memory_mib"] is None  # on the CPU it would be the compiler's
     assert len(compiled) == 1
-    steps = size_steps(config, "tiny", [Variant(0.9, "fp32", False), Variant(0.9, "fp32", True)], CPU)
+    variants = [Variant(0.9, "fp32", compiled, None) for compiled in (False, True)]
+    steps = size_steps(config, "tiny", variants, CPU)
     assert len({id(step.optimizer) for step in steps.values()}) == 1
 
 
+def test_both_kinds_of_attention_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    micl_model = phase_cost.micl_model
+
+    def seen(*arguments: Any) -> torch.nn.Module:
+        model = micl_model(*arguments)
+        built.append(str(model.config._attn_implementation))
+        return model
+
+    monkeypatch.setattr(phase_cost, "micl_model", seen)
+    config = PhaseSettings(**SMALL, mask_ratios=[0.9], precisions=["bf16"], attentions=["sdpa", "eager"])
+    config.validate()
+    fused, explicit = measure_phases(Accelerator(cpu=True), config)
+    assert built == [fused["attention"], explicit["attention"]] == ["sdpa", "eager"]
+    assert fused["gigaflop_per_image"] == explicit["gigaflop_per_image"]
+    built.clear()
+    unset = PhaseSettings(**SMALL, mask_ratios=[0.9], precisions=["bf16"])
+    assert measure_phases(Accelerator(cpu=True), unset)[0]["attention"] is None
+    assert built == ["eager"]  # as a run chooses on the CPU
+
+
 def test_the_process_that_measures_memory_makes_the_same_step() -> None:
-    step = variant_step(PhaseSettings(**SMALL), "tiny", Variant(0.9, "bf16", False), CPU)
+    step = variant_step(PhaseSettings(**SMALL), "tiny", Variant(0.9, "bf16", False, "sdpa"), CPU)
     assert isinstance(step, phase_cost.PlainStep)
     assert (step.pixels.shape, step.precision) == ((2, 32, 32, 3), "bf16")
 
@@ -93,6 +115,7 @@ def test_rates_follow_from_times() -> None:
         ({"precisions": []}, "precisions takes different ones of fp32, bf16"),
         ({"mask_ratios": []}, "mask_ratios is empty"),
         ({"mask_ratios": [0.9, 1.5]}, "mask_ratio must lie in"),
+        ({"attentions": ["flash"]}, "attentions takes different ones of eager, sdpa"),
         ({"images": 1}, "images must be at least 2"),
     ],
     ids=str,
