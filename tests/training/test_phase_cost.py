@@ -1,5 +1,6 @@
 """Every variant of every size is measured, with the rate of the matmul of its precision. Times are never asserted."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,25 +72,20 @@ def test_compiled_steps_are_of_the_same_weights(monkeypatch: pytest.MonkeyPatch)
     assert len({id(step.optimizer) for step in steps.values()}) == 1
 
 
-def test_both_kinds_of_attention_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[str] = []
-    micl_model = phase_cost.micl_model
-
-    def seen(*arguments: Any) -> torch.nn.Module:
-        model = micl_model(*arguments)
-        built.append(str(model.config._attn_implementation))
-        return model
-
-    monkeypatch.setattr(phase_cost, "micl_model", seen)
+def test_both_kinds_of_attention_are_compared() -> None:
     config = PhaseSettings(**SMALL, mask_ratios=[0.9], precisions=["bf16"], attentions=["sdpa", "eager"])
     config.validate()
     fused, explicit = measure_phases(Accelerator(cpu=True), config)
-    assert built == [fused["attention"], explicit["attention"]] == ["sdpa", "eager"]
+    assert (fused["attention"], explicit["attention"]) == ("sdpa", "eager")
     assert fused["gigaflop_per_image"] == explicit["gigaflop_per_image"]
-    built.clear()
-    unset = PhaseSettings(**SMALL, mask_ratios=[0.9], precisions=["bf16"])
-    assert measure_phases(Accelerator(cpu=True), unset)[0]["attention"] is None
-    assert built == ["eager"]  # as a run chooses on the CPU
+    assert measure_phases(Accelerator(cpu=True), dataclasses.replace(config, attentions=[]))[0]["attention"] is None
+
+    variants = [Variant(0.9, "bf16", False, attention) for attention in ("sdpa", "eager", None)]
+    for variant, step in size_steps(config, "tiny", variants, CPU).items():
+        with torch.profiler.profile() as profile:
+            step()
+        kernels = [event.key for event in profile.key_averages() if "flash_attention_for_cpu" in event.key]
+        assert bool(kernels) == (variant.attention == "sdpa"), variant  # a run has it explicit on the CPU
 
 
 def test_the_process_that_measures_memory_makes_the_same_step() -> None:
