@@ -154,7 +154,7 @@ class Run:
         """
         plan = make_plan(config, source.num_images, accelerator.num_processes)
         if accelerator.device.type == "cpu":
-            model.set_attn_implementation("eager")  # on short sequences the fused kernel's backward pass is slower
+            model.set_attn_implementation("eager")  # in bf16 the fused kernel is slower on short sequences
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
         if config.torch_compile != "no":
