@@ -32,7 +32,7 @@ from training.optim import build_optimizer, learning_rate, set_learning_rate
 from training.parser import parse_settings
 from training.processes import start_accelerator
 from training.results import save_model
-from training.run import Plan, make_plan
+from training.run import Plan, choose_attention, make_plan
 from training.scores import frozen_scores
 from training.source import ImageSource, open_evaluation, open_split
 
@@ -81,8 +81,7 @@ def train(
         RuntimeError: if the loss is not finite.
     """
     model.to(accelerator.device).train()
-    if accelerator.device.type == "cpu":
-        model.network.set_attn_implementation("eager")  # as `training.pretrain` does
+    choose_attention(model.network, accelerator.device)
     if config.torch_compile != "no":
         model.network.compile(mode=config.torch_compile)
     optimizer = build_optimizer(model, config.weight_decay, (config.adam_beta1, config.adam_beta2))

@@ -82,11 +82,10 @@ def size_steps(
     config: PhaseSettings, size: str, variants: Sequence[Variant], device: torch.device
 ) -> dict[Variant, PlainStep]:
     """Steps of all variants of a size on the same images; those with the same attention share weights."""
+    geometry = config.model_config(size, config.mask_ratios[0])
+    pixels = random_pixels(config.images, geometry)
     attentions = {variant.attention for variant in variants}
-    # A configuration of its own for each model, as the attention is set in it.
-    geometries = {attention: config.model_config(size, config.mask_ratios[0]) for attention in attentions}
-    models = {attention: micl_model(geometry, device, attention) for attention, geometry in geometries.items()}
-    pixels = random_pixels(config.images, config.model_config(size, config.mask_ratios[0]))
+    models = {attention: micl_model(geometry, device, attention) for attention in attentions}
     optimizers = {attention: pretraining_optimizer(model) for attention, model in models.items()}
     steps = {}
     for variant in variants:

@@ -5,6 +5,7 @@ part of the forward pass, as in training.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from modeling_micl.configuration_micl import height_and_width
 from training.arithmetic import DTYPES, count_gigaflop
 from training.features import normalize_pixels
 from training.optim import build_optimizer
+from training.run import choose_attention
 from training.timing import Step
 
 
@@ -86,10 +88,9 @@ class PlainStep:
 
 def micl_model(config: MiclConfig, device: torch.device, attention: str | None = None) -> MiclForPreTraining:
     """The model as a run trains it, with random weights; `attention` by another implementation of transformers."""
-    model = MiclForPreTraining(config)
+    model = MiclForPreTraining(deepcopy(config))  # the attention is set in it
     model.train()
-    if device.type == "cpu":
-        model.set_attn_implementation("eager")  # as a run does
+    choose_attention(model, device)
     if attention:
         model.set_attn_implementation(attention)
     model.to(device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import PreTrainedModel
 
 from modeling_micl import MiclForImageClassification, MiclForPreTraining
 from training.checkpoint import (
@@ -112,6 +113,12 @@ class Progress:
     skipped: int = 0
 
 
+def choose_attention(model: PreTrainedModel, device: torch.device) -> None:
+    """Explicit on the CPU, as the fused kernel is slower there on short sequences in bf16."""
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")
+
+
 @dataclass
 class Run:
     """Everything that the loop works with."""
@@ -153,8 +160,7 @@ class Run:
             ValueError: if the data do not fill a batch, or the checkpoint is of a run with other settings.
         """
         plan = make_plan(config, source.num_images, accelerator.num_processes)
-        if accelerator.device.type == "cpu":
-            model.set_attn_implementation("eager")  # in bf16 the fused kernel is slower on short sequences
+        choose_attention(model, accelerator.device)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
         if config.torch_compile != "no":
